@@ -1,0 +1,129 @@
+"""What a backbone is to objectives, encoders and probes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fmsuite.core.data.sample import View
+from fmsuite.core.inputs import InputSpec
+from fmsuite.core.tokens import PatchGrid, TokenLayout
+from fmsuite.errors import UsageError
+
+
+@dataclass
+class Features:
+    """A backbone's output.
+
+    Attributes:
+        patches: (B, N, D) patch tokens after the final norm.
+        layout: where they are; ``layout.valid`` tells which of them carry data.
+        cls: (B, D) class token after the final norm, or ``None``.
+        registers: (B, R, D), or ``None``.
+        intermediate: one (B, N, D) tensor for each layer that was asked for, in that order, patch tokens only,
+            through the final norm if that was asked for.
+    """
+
+    patches: Tensor
+    layout: TokenLayout
+    cls: Tensor | None = None
+    registers: Tensor | None = None
+    intermediate: tuple[Tensor, ...] = ()
+
+    def mean(self) -> Tensor:
+        """(B, D) mean over the valid patch tokens; zero where a sample has none."""
+        if self.layout.valid is None:
+            return self.patches.mean(1)
+        weight = self.layout.valid.to(self.patches.dtype)[..., None]
+        return (self.patches * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def pooled(self, pooling: str) -> Tensor:
+        """(B, D) or (B, 2D) by convention.
+
+        Args:
+            pooling: ``"cls"``, ``"mean"`` or ``"cls+mean"`` (concatenated, as DINOv2's linear probe does).
+
+        Raises:
+            UsageError: for another name, or ``cls`` of a backbone that has no class token.
+        """
+        if pooling == "mean":
+            return self.mean()
+        if pooling not in ("cls", "cls+mean"):
+            raise UsageError(f"There is no pooling '{pooling}'.", "Use cls, mean or cls+mean.")
+        if self.cls is None:
+            raise UsageError(f"Pooling '{pooling}' needs a class token and this backbone has none.", "Use mean.")
+        return self.cls if pooling == "cls" else torch.cat([self.cls, self.mean()], dim=-1)
+
+
+class Backbone(nn.Module, ABC):
+    """Maps views to tokens.
+
+    A subclass declares what it cannot do, and an objective that needs it refuses the backbone by name.
+
+    Attributes:
+        spec: the input it was built for.
+        grid: how it cuts that input; ``None`` for bags.
+        width: D.
+        depth: number of blocks, for layer-wise learning-rate decay.
+        can_drop_tokens: runs on a subset of tokens (``keep``).
+        can_mask_tokens: replaces tokens by a learned mask token (``mask``).
+        can_resize: accepts sizes other than ``spec.size``.
+    """
+
+    can_drop_tokens: bool = False
+    can_mask_tokens: bool = False
+    can_resize: bool = False
+
+    spec: InputSpec
+    grid: PatchGrid | None
+    width: int
+    depth: int
+
+    @property
+    @abstractmethod
+    def has_cls(self) -> bool:
+        """Whether ``Features.cls`` is present."""
+
+    @abstractmethod
+    def forward(
+        self,
+        view: View,
+        *,
+        keep: Tensor | None = None,
+        keep_valid: Tensor | None = None,
+        mask: Tensor | None = None,
+        layers: Sequence[int] = (),
+        norm_layers: bool = True,
+    ) -> Features:
+        """
+        Args:
+            view: normalised pixels, (B, C, *size) or (B, N, D).
+            keep: (B, K) int64, the only tokens to run on; masked encoders never see the others. ``Features`` then
+                has K patch tokens, in this order.
+            keep_valid: (B, K) bool, False at padding in ``keep``.
+            mask: (B, N) bool, tokens whose embedding is replaced by the mask token before positions are added.
+            layers: numbers of blocks (0-based, negative from the end) whose patch tokens to return as well.
+            norm_layers: put those through the final norm.
+        """
+
+    @abstractmethod
+    def layer_of(self, parameter: str) -> int:
+        """The layer of a parameter by its name in this module: 0 for embeddings and positions, i + 1 for block i,
+        ``depth + 1`` for what comes after the blocks. Layer-wise decay uses it."""
+
+    def layout(self, view: View) -> TokenLayout:
+        """Where the tokens of a view are, with validity taken from its pixels."""
+        spacing = view.spacing
+        if self.grid is None:
+            coords = torch.stack([view.coords[axis] for axis in self.spec.axes], dim=-1).to(torch.float32)
+            pitch = torch.ones(len(self.spec.axes), device=coords.device)
+            return TokenLayout(self.spec.axes, coords, None, pitch, view.valid)
+        size = tuple(view.pixels.shape[2:])
+        if spacing is None and self.spec.spacing is not None:
+            spacing = torch.tensor(self.spec.spacing, dtype=torch.float32, device=view.pixels.device)
+        valid = None if view.valid is None else self.grid.valid_tokens(view.valid)
+        return self.grid.layout(size, view.coords, spacing, valid, view.pixels.device)

@@ -1,0 +1,95 @@
+"""The ``model:`` section: which backbone, and its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmsuite.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class VitSize:
+    """Shape of a published transformer."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+VIT_SIZES: dict[str, VitSize] = {
+    "vit_tiny": VitSize(192, 12, 3),
+    "vit_small": VitSize(384, 12, 6),
+    "vit_base": VitSize(768, 12, 12),
+    "vit_large": VitSize(1024, 24, 16),
+    "vit_huge": VitSize(1280, 32, 16),
+    "vit_giant": VitSize(1408, 40, 16, 48 / 11),
+    "vit_giant2": VitSize(1536, 40, 24),
+}
+"""Touvron et al. 2021 (tiny, small), Dosovitskiy et al. 2021 (base to huge), Zhai et al. 2022 (giant), Oquab et al. 2023
+(giant2, DINOv2's ViT-g)."""
+
+
+class ModelConfig(BaseModel):
+    """A backbone.
+
+    Attributes:
+        name: one of ``VIT_SIZES``, or ``timm:NAME`` for a timm model as it is (2D only; it cannot drop or mask tokens).
+        input_size: length along the spatial axes; the domain's window if not given.
+        patch_size: one number, or one for each input axis.
+        width, depth, heads, mlp_ratio: override the named size.
+        cls_token, registers: special tokens.
+        positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, or ``none``.
+        positions_cls: the learned table has an entry for the class token, as in the original ViT, MAE and DINO(v2).
+        position_units: ``index`` counts patches; ``physical`` uses the spacing, so that one millimetre is one millimetre
+            at every spacing.
+        position_scale: physical length that counts as one step when units are physical.
+        rope_theta: base of the rotary frequencies.
+        mlp: ``gelu``, or ``swiglu`` with DINOv2's fused layout (timm's ``GluMlp``, ``fc1`` then ``fc2``).
+        layer_scale: initial value, or ``None`` for no LayerScale.
+        drop_path: rate of the last block; it grows linearly from 0 at the first unless ``drop_path_uniform``.
+        min_valid: share of valid values that a patch needs to be a token.
+        weights: anything ``load_encoder`` opens, to start from (continued pretraining).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "vit_small"
+    input_size: int | tuple[int, ...] | None = None
+    patch_size: int | tuple[int, ...] = 16
+    width: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    mlp_ratio: float | None = Field(default=None, gt=0)
+    cls_token: bool = True
+    registers: int = Field(default=0, ge=0)
+    positions: Literal["learned", "sincos", "rotary", "none"] = "learned"
+    positions_cls: bool = True
+    position_units: Literal["index", "physical"] = "index"
+    position_scale: float = Field(default=1.0, gt=0)
+    rope_theta: float = Field(default=100.0, gt=0)
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    drop_path_uniform: bool = False
+    min_valid: float = Field(default=0.5, gt=0, le=1)
+    weights: str | None = None
+
+    @property
+    def size(self) -> VitSize:
+        """The shape with overrides applied.
+
+        Raises:
+            UsageError: for an unknown name, or a width that the heads do not divide.
+        """
+        if self.name not in VIT_SIZES:
+            raise UsageError(f"There is no model '{self.name}'.", nearest(self.name, VIT_SIZES))
+        base = VIT_SIZES[self.name]
+        width, heads = self.width or base.width, self.heads or base.heads
+        if width % heads:
+            raise UsageError(f"model.width {width} is not a multiple of model.heads {heads}.", "Change one of them.")
+        return VitSize(width, self.depth or base.depth, heads, self.mlp_ratio or base.mlp_ratio)

@@ -1,0 +1,59 @@
+"""Open files, kept open: bounded, one set a process, reopened after an error."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Handle = TypeVar("Handle")
+
+
+class HandleCache(Generic[Handle]):
+    """The last few opened files of this process.
+
+    A handle never crosses a fork (two processes would share its file offset), is dropped when the object is pickled,
+    and can be discarded after an error, since some libraries' handles stay dead once they have failed.
+
+    Args:
+        opener: opens a path; module-level, so that the cache can be pickled.
+        closer: closes a handle.
+        limit: how many stay open.
+    """
+
+    def __init__(self, opener: Callable[[str], Handle], closer: Callable[[Handle], object], limit: int = 8) -> None:
+        self.opener = opener
+        self.closer = closer
+        self.limit = limit
+        self._open: OrderedDict[str, Handle] = OrderedDict()
+        self._pid = os.getpid()
+
+    def get(self, path: str) -> Handle:
+        """The open handle, opened if need be. Whatever the opener raises passes through."""
+        if self._pid != os.getpid():
+            self._open = OrderedDict()
+            self._pid = os.getpid()
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        handle = self.opener(path)
+        self._open[path] = handle
+        while len(self._open) > self.limit:
+            _, oldest = self._open.popitem(last=False)
+            self.closer(oldest)
+        return handle
+
+    def discard(self, path: str) -> None:
+        """Close one file; the next ``get`` opens it again."""
+        if self._pid == os.getpid() and path in self._open:
+            self.closer(self._open.pop(path))
+
+    def close(self) -> None:
+        if self._pid == os.getpid():
+            for handle in self._open.values():
+                self.closer(handle)
+        self._open = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict(), "_pid": -1}

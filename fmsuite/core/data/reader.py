@@ -1,0 +1,43 @@
+"""The two things that the data pipeline asks of a domain: to read a window, and to vary it."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from fmsuite.core.data.index import Window
+from fmsuite.core.data.sample import ArraySample, Sample
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Reads windows. Picklable; keeps its files open in a ``HandleCache``."""
+
+    def read(self, window: Window) -> Sample:
+        """
+        Raises:
+            ReadFailure: for whatever is wrong with the file or this part of it. Anything else is a bug and ends the run.
+        """
+        ...
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """What may vary in a domain's images without changing what they show. Picklable."""
+
+    def before_crop(self, sample: Sample, strength: str, generator: np.random.Generator) -> Sample:
+        """Vary the source itself (a drawing's strokes, before it is rendered). Most domains return it unchanged."""
+        ...
+
+    def after_crop(
+        self, sample: ArraySample, strength: str, second: bool, generator: np.random.Generator
+    ) -> ArraySample:
+        """Vary the cropped array. Keeps its size; moves ``valid`` and ``maps`` along with the values.
+
+        Args:
+            strength: one of ``sample.AUGMENT``; ``"none"`` returns the sample unchanged.
+            second: the second view of an asymmetric pair.
+            generator: the only source of randomness allowed.
+        """
+        ...

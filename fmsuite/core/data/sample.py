@@ -1,0 +1,248 @@
+"""What flows from a reader to an objective: samples, the views an objective asks for, and batches of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Names one draw of the sample stream; all of a sample's randomness derives from it and the run's seed.
+
+    Attributes:
+        epoch, index: which pass over the index, which row.
+        step, slot, slots: its place in the run: optimiser step, position in the global batch, the batch's size.
+            Samplers that spread something evenly over a batch (DINOv2's mask ratios) use these.
+        attempt: 0, or the how-manieth replacement of a window that could not be read.
+    """
+
+    epoch: int
+    index: int
+    step: int = 0
+    slot: int = 0
+    slots: int = 1
+    attempt: int = 0
+
+
+class Sample(ABC):
+    """One window of a source, before views are cut from it.
+
+    A pixel array is an ``ArraySample``. A source that can be drawn at any resolution (a vector drawing, a slide read
+    at a finer level) subclasses this and does so in ``crop``.
+
+    Attributes:
+        size: length along each of the input's axes, in the units in which crops are asked for.
+    """
+
+    size: tuple[int, ...]
+
+    @abstractmethod
+    def crop(self, start: tuple[float, ...], extent: tuple[float, ...], size: tuple[int, ...]) -> ArraySample:
+        """The box that begins at ``start`` and measures ``extent`` (in this sample's units), resampled to ``size``."""
+
+
+@dataclass
+class ArraySample(Sample):
+    """A window as an array.
+
+    Attributes:
+        values: (C, *size) in the source's native dtype; (N, D) for a bag.
+        valid: bool, (1, *size) or (C, *size), (N,) for a bag; ``None`` means all valid.
+        coords: positions along axes that are not evenly spaced: ``{"time": (T,) days since 2000-01-01}``; for a bag,
+            each axis to (N,).
+        spacing: physical length of one array sample along each axis, where it is known and varies between sources.
+        maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
+            plugin's mask sampler may read them.
+    """
+
+    values: Array
+    valid: Array | None = None
+    coords: dict[str, Array] = field(default_factory=dict)
+    spacing: tuple[float, ...] | None = None
+    maps: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self.values.shape[1:])
+
+    def crop(self, start: tuple[float, ...], extent: tuple[float, ...], size: tuple[int, ...]) -> ArraySample:
+        from fmsuite.core.data.crop import crop_array_sample
+
+        return crop_array_sample(self, start, extent, size)
+
+    def replace(self, **changes: object) -> ArraySample:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class MaskContext:
+    """What a mask sampler may look at.
+
+    Attributes:
+        axes, shape: the token grid of this view (group axis included), row-major.
+        valid: (N,) bool, tokens that carry data.
+        generator: this view's own random stream.
+        key: the sample's place in the run.
+        view: number of this view among the ``views`` masked views of the sample.
+        maps: the sample's label maps, cropped as the pixels were.
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    valid: Array
+    generator: np.random.Generator
+    key: SampleKey
+    view: int = 0
+    views: int = 1
+    maps: Mapping[str, Array] = field(default_factory=dict)
+
+
+MaskSampler = Callable[[MaskContext], Array]
+"""Returns (N,) bool, True where a token is masked; never True at an invalid token. Must be picklable."""
+
+
+@dataclass(frozen=True)
+class ViewRequest:
+    """Views that an objective asks for, in terms every domain understands.
+
+    Attributes:
+        name: key in ``Batch.views``.
+        count: how many of them for each sample.
+        size: length along each axis after resampling.
+        scale: range of the crop's share of the sample's area or volume; (1, 1) is the whole sample.
+        ratio: range of the crop's aspect ratio.
+        augment: strength, one of ``AUGMENT``; the domain decides what is valid for its images at that strength.
+        second: this view is the second of an asymmetric pair (less blur, solarisation, where the domain has them).
+        mask: draws the tokens to mask, or ``None``.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    count: int = 1
+    scale: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    augment: str = "weak"
+    second: bool = False
+    mask: MaskSampler | None = None
+
+
+AUGMENT = ("none", "weak", "strong")
+"""none: no change. weak: symmetries only (flips, turns). strong: all that keeps the meaning of an image."""
+
+
+@dataclass
+class View:
+    """A batch of one view.
+
+    Attributes:
+        pixels: (B, C, *size); native dtype from the loader, float32 once normalised. (B, N, D) for bags.
+        valid: bool, (B, 1 or C, *size) or (B, N); ``None`` means all valid.
+        mask: (B, N) bool, tokens chosen by the request's mask sampler.
+        coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
+        spacing: (B, A) physical length of one array sample.
+        keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+    """
+
+    pixels: Tensor
+    valid: Tensor | None = None
+    mask: Tensor | None = None
+    coords: dict[str, Tensor] = field(default_factory=dict)
+    spacing: Tensor | None = None
+    keys: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> View:
+        """Apply a function to every tensor."""
+
+        def each(value: Tensor | None) -> Tensor | None:
+            return None if value is None else function(value)
+
+        return View(
+            function(self.pixels),
+            each(self.valid),
+            each(self.mask),
+            {axis: function(values) for axis, values in self.coords.items()},
+            each(self.spacing),
+            each(self.keys),
+        )
+
+    def to(self, device: torch.device | str) -> View:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def __getitem__(self, rows: slice | Tensor) -> View:
+        return self.map(lambda tensor: tensor[rows])
+
+    @staticmethod
+    def cat(views: list[View]) -> View:
+        """Views of equal size, one after the other along the batch (view-major: all of view 0, then all of view 1)."""
+        first = views[0]
+
+        def join(values: list[Tensor | None]) -> Tensor | None:
+            present = [v for v in values if v is not None]
+            if not present:
+                return None
+            if len(present) != len(values):
+                raise ValueError("views with and without a mask, validity or spacing cannot be joined")
+            return torch.cat(present)
+
+        pixels = torch.cat([v.pixels for v in views])
+        valid = None
+        if any(v.valid is not None for v in views):
+            valid = torch.cat([v.valid if v.valid is not None else _all_valid(v) for v in views])
+        return View(
+            pixels,
+            valid,
+            join([v.mask for v in views]),
+            {axis: torch.cat([v.coords[axis] for v in views]) for axis in first.coords},
+            join([v.spacing for v in views]),
+            join([v.keys for v in views]),
+        )
+
+
+def _all_valid(view: View) -> Tensor:
+    shape = view.pixels.shape[:2] if view.pixels.dim() == 3 else (len(view), 1, *view.pixels.shape[2:])
+    return torch.ones(shape, dtype=torch.bool, device=view.pixels.device)
+
+
+@dataclass(frozen=True)
+class SkippedWindow:
+    """A window that could not be read while training, and was replaced by another."""
+
+    source: str
+    stage: str
+    reason: str
+    index: int
+
+
+@dataclass
+class Batch:
+    """A rank's share of a global batch.
+
+    Attributes:
+        views: request name to its views, ``count`` of them, each a ``View`` of the same samples in the same order.
+        indices: (B,) int64 rows of the sample index.
+        labels: (B,) int64, -1 where unlabelled.
+        skipped: windows that were replaced.
+    """
+
+    views: dict[str, list[View]]
+    indices: Tensor
+    labels: Tensor
+    skipped: list[SkippedWindow] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def map_views(self, function: Callable[[View], View]) -> Batch:
+        views = {name: [function(view) for view in group] for name, group in self.views.items()}
+        return Batch(views, self.indices, self.labels, self.skipped)

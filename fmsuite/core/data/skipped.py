@@ -1,0 +1,81 @@
+"""skipped.csv: every source or window that was not used, with the stage and the reason."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from fmsuite.errors import FmsuiteError, ReadFailure
+
+FILE_NAME = "skipped.csv"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One line of the file."""
+
+    path: str
+    stage: str
+    reason: str
+
+
+class SkippedLog:
+    """Collects what is skipped and appends it to a file line by line, so that nothing is lost in a crash.
+
+    Args:
+        path: the CSV file; ``None`` keeps the list in memory only.
+        strict: raise instead of recording.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None, strict: bool = False) -> None:
+        self.path = Path(path) if path is not None else None
+        self.strict = strict
+        self.entries: list[Skipped] = []
+        self._seen: set[Skipped] = set()
+        if self.path is not None and self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                for row in list(csv.reader(file))[1:]:
+                    if len(row) == 3:
+                        self._seen.add(Skipped(*row))
+            self.entries = list(self._seen)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, path: str, stage: str, reason: str) -> None:
+        """Record one; the same line is written once.
+
+        Raises:
+            FmsuiteError: in strict mode.
+        """
+        if self.strict:
+            raise FmsuiteError(f"{path}: {reason}", "(--strict makes a skipped source an error.)")
+        entry = Skipped(str(path), stage, " ".join(str(reason).split()))
+        if entry in self._seen:
+            return
+        self._seen.add(entry)
+        self.entries.append(entry)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["path", "stage", "reason"])
+            writer.writerow(astuple(entry))
+
+    def add_failure(self, failure: ReadFailure) -> None:
+        self.add(failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip())
+
+    def summary(self) -> str:
+        """One sentence: how many, at which stages, and where to look. Empty if none."""
+        if not self.entries:
+            return ""
+        stages = Counter(entry.stage for entry in self.entries)
+        counted = ", ".join(f"{count} at {stage}" for stage, count in stages.most_common())
+        where = f" See {self.path}." if self.path is not None else ""
+        return f"{len(self.entries)} skipped ({counted}).{where}"

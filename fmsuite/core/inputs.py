@@ -1,0 +1,195 @@
+"""What a model's input is: axes, size, channels, spacing, normalisation. It travels with every encoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from fmsuite.errors import UsageError
+
+SPATIAL_AXES = ("z", "y", "x")
+"""Axes along which a view may be cropped and resampled; the others (``time``) are kept whole."""
+
+
+class Channel(BaseModel):
+    """One channel of the input.
+
+    Attributes:
+        name: as the field writes it: ``"red"``, ``"B8A"``, ``"VV"``, ``"T1"``.
+        wavelength: centre wavelength in nanometres, where the channel has one.
+        group: channels of one group share a patch embedding and a token; ``None`` puts all of them together.
+        mean, std: statistics after ``offset + scale * raw`` and clipping, in those units.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    wavelength: float | None = None
+    group: str | None = None
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+
+
+class InputSpec(BaseModel):
+    """The contract between a reader and a backbone, saved in ``encoder.json`` with every encoder.
+
+    Attributes:
+        axes: names of the array's axes after the channel axis, in order: ``("y", "x")``, ``("z", "y", "x")``,
+            ``("time", "y", "x")``. A bag of feature vectors, with ``bag=True``, names its coordinates' axes instead.
+        size: length along each axis that the model is built for; other sizes are allowed at run time.
+        channels: in array order.
+        scale, offset, clip: raw value ``v`` becomes ``clip(offset + scale * v)`` before mean and std apply
+            (``1/255`` for 8-bit images; a Hounsfield window; a reflectance quantification).
+        spacing: physical length of a sample along each axis of ``size``, in ``spacing_unit``; ``None`` where unknown.
+        orientation: the directions in which voxel axes grow, for volumes (``"RAS"``).
+        bag: the input is (N, D) vectors at ``axes`` coordinates rather than a grid; ``size`` is then empty.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    axes: tuple[str, ...]
+    size: tuple[int, ...]
+    channels: tuple[Channel, ...]
+    scale: float = 1.0
+    offset: float = 0.0
+    clip: tuple[float, float] | None = None
+    spacing: tuple[float, ...] | None = None
+    spacing_unit: Literal["um", "mm", "m", "px"] = "px"
+    orientation: str | None = None
+    bag: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InputSpec:
+        if not self.channels:
+            raise ValueError("an input needs at least one channel")
+        if self.bag != (self.size == ()):
+            raise ValueError("size is empty for a bag of vectors and only for one")
+        if not self.bag and len(self.size) != len(self.axes):
+            raise ValueError(f"size {self.size} does not match axes {self.axes}")
+        if self.spacing is not None and len(self.spacing) != len(self.axes):
+            raise ValueError(f"spacing {self.spacing} does not match axes {self.axes}")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip {self.clip} is empty")
+        return self
+
+    @property
+    def in_chans(self) -> int:
+        return len(self.channels)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        return tuple(channel.name for channel in self.channels)
+
+    @property
+    def groups(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """``(group name, channel indices)`` in order of first appearance; one group named ``""`` without grouping."""
+        found: dict[str, list[int]] = {}
+        for position, channel in enumerate(self.channels):
+            found.setdefault(channel.group or "", []).append(position)
+        return tuple((name, tuple(members)) for name, members in found.items())
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Positions in ``axes`` of the axes that views crop and resample."""
+        return tuple(i for i, axis in enumerate(self.axes) if axis in SPATIAL_AXES)
+
+    def resized(self, size: int | tuple[int, ...]) -> InputSpec:
+        """The same input at another size; an integer applies to every spatial axis. The field of view is kept, so
+        the spacing changes in proportion."""
+        new = self.expand(size)
+        spacing = self.spacing
+        if spacing is not None:
+            spacing = tuple(s * old / now for s, old, now in zip(spacing, self.size, new, strict=True))
+        return self.model_copy(update={"size": new, "spacing": spacing})
+
+    def expand(self, size: int | tuple[int, ...]) -> tuple[int, ...]:
+        """A full size from an integer (all spatial axes) or a tuple for the spatial axes or for all axes.
+
+        Raises:
+            UsageError: if the length fits neither.
+        """
+        if isinstance(size, int):
+            size = (size,) * len(self.spatial)
+        if len(size) == len(self.axes):
+            return tuple(size)
+        if len(size) == len(self.spatial):
+            full = list(self.size)
+            for axis, length in zip(self.spatial, size, strict=True):
+                full[axis] = length
+            return tuple(full)
+        raise UsageError(f"size {size} does not fit the axes {self.axes}.", "Give one number, or one for each axis.")
+
+    def differences(self, other: InputSpec) -> list[str]:
+        """Sentences naming what differs in meaning (channels, axes, spacing, orientation, normalisation), not size."""
+        found = []
+        if self.axes != other.axes:
+            found.append(f"axes {self.axes} against {other.axes}")
+        if self.channel_names != other.channel_names:
+            found.append(f"channels {self.channel_names} against {other.channel_names}")
+        if self.orientation != other.orientation:
+            found.append(f"orientation {self.orientation} against {other.orientation}")
+        if self.spacing and other.spacing and self.axes == other.axes:
+            pairs = list(zip(self.spacing, other.spacing, strict=True))
+            if self.spacing_unit != other.spacing_unit or any(not math.isclose(a, b, rel_tol=0.05) for a, b in pairs):
+                found.append(f"spacing {self.spacing} {self.spacing_unit} against {other.spacing} {other.spacing_unit}")
+        if (self.scale, self.offset, self.clip) != (other.scale, other.offset, other.clip):
+            found.append("intensity scale, offset or clip")
+        return found
+
+
+class Normalize(nn.Module):
+    """Raw values to network values, once, on the device: ``(clip(offset + scale * v) - mean) / std``.
+
+    Invalid positions become zero (the channel's mean), so that a convolution over a half-valid patch is not driven by
+    a nodata value.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        # (B, C, *size) for a grid; (B, N, D) for a bag.
+        shape = (1, 1, -1) if spec.bag else (1, -1, *(1,) * len(spec.axes))
+        self.register_buffer("mean", torch.tensor([c.mean for c in spec.channels]).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor([c.std for c in spec.channels]).view(shape), persistent=False)
+
+    def forward(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            values: (B, C, *size), any dtype; (B, N, D) for a bag.
+            valid: bool, broadcastable to ``values``; ``None`` means all valid.
+
+        Returns:
+            float32, same shape.
+        """
+        out = values.to(torch.float32)
+        if self.spec.scale != 1.0:
+            out = out * self.spec.scale
+        if self.spec.offset != 0.0:
+            out = out + self.spec.offset
+        if self.spec.clip is not None:
+            out = out.clamp(*self.spec.clip)
+        out = (out - self.mean) / self.std
+        if valid is not None:
+            out = torch.where(valid, out, torch.zeros((), device=out.device))
+        return out
+
+    def invert(self, values: Tensor) -> Tensor:
+        """Network values back to raw ones (where no clipping took place). Shape and device are kept."""
+        return ((values * self.std + self.mean) - self.spec.offset) / self.spec.scale
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def rgb_channels(mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> tuple[Channel, ...]:
+    """Red, green, blue with the given statistics on a 0-1 scale."""
+    names = ("red", "green", "blue")
+    return tuple(Channel(name=n, mean=m, std=s) for n, m, s in zip(names, mean, std, strict=True))

@@ -1,0 +1,126 @@
+"""What an objective is to the training loop, and the registry of objectives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.data.sample import Batch, ViewRequest
+from fmsuite.errors import UsageError, nearest
+
+
+class ObjectiveConfig(BaseModel):
+    """Base of every objective's options; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where training stands; every schedule is a function of it, so nothing has to be restored on resume.
+
+    Attributes:
+        step: optimiser steps already taken.
+        total_steps: length of the run.
+        steps_per_epoch: optimiser steps in one pass over the index (at least 1).
+        batch_size: the global batch.
+    """
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+
+
+class Objective(nn.Module, ABC):
+    """A way to pretrain: declares its views, maps a batch to named losses, owns its heads, teacher and predictor.
+
+    Lifecycle of one optimiser step: ``forward`` (once for each micro-batch), backward, ``before_update`` (gradients are
+    there, parameters not yet changed), optimiser, ``after_update``.
+
+    A subclass keeps the student at ``self.backbone`` (parameter groups rely on it) and reads every configuration value
+    from ``self.config``.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[ObjectiveConfig]]
+
+    def __init__(self, config: ObjectiveConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+
+    @abstractmethod
+    def view_requests(self) -> tuple[ViewRequest, ...]:
+        """The views to cut from each sample."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """Named scalar losses of normalised views on the module's device; ``"loss"`` is the one to minimise, the
+        others are its parts, for the log. Across ranks, losses are means over the global batch: where a count varies
+        between ranks, use ``training.distributed.all_mean`` on it."""
+
+    def before_update(self, context: StepContext) -> None:
+        """Change gradients: freeze a last layer, for instance."""
+
+    def after_update(self, context: StepContext) -> None:
+        """Called once after each optimiser step: move an EMA teacher, for instance."""
+
+    @property
+    def encoder(self) -> Backbone:
+        """The network to probe and export: the teacher where there is one (frozen copies are fine)."""
+        return self.backbone
+
+    @property
+    def pooling(self) -> str:
+        """How the encoder's tokens become one vector, by this objective's convention."""
+        return "cls" if self.encoder.has_cls else "mean"
+
+    def need(self, **capabilities: bool) -> None:
+        """Refuse a backbone that cannot do something: ``self.need(can_drop_tokens=True)``.
+
+        Raises:
+            UsageError: naming the backbone and what it lacks.
+        """
+        for capability in capabilities:
+            if not getattr(self.backbone, capability):
+                what = capability.removeprefix("can_").replace("_", " ")
+                raise UsageError(
+                    f"Objective '{self.name}' needs a backbone that can {what}; {type(self.backbone).__name__} cannot.",
+                    "Choose another model or another objective.",
+                )
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(objective: type[Objective]) -> type[Objective]:
+    """Class decorator: make an objective selectable by its ``name``.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+    if OBJECTIVES.get(objective.name, objective).__qualname__ != objective.__qualname__:
+        raise ValueError(f"two objectives are called '{objective.name}'")
+    OBJECTIVES[objective.name] = objective
+    return objective
+
+
+def find_objective(name: str) -> type[Objective]:
+    """
+    Raises:
+        UsageError: naming the nearest known objective.
+    """
+    if name not in OBJECTIVES:
+        raise UsageError(f"There is no objective '{name}'.", nearest(name, OBJECTIVES))
+    return OBJECTIVES[name]
+
+
+Schedule = Callable[[int], float]
+"""A value for each optimiser step."""

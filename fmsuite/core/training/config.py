@@ -1,0 +1,98 @@
+"""The ``optim:``, ``training:`` and ``monitor:`` sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Duration = int | str
+"""Optimiser steps (``500``), or passes over the data (``"10ep"``), or a share of the run (``"10%"``)."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimConfig(Section):
+    """AdamW and the schedules of its hyper-parameters.
+
+    Attributes:
+        lr: peak learning rate, at the reference batch if ``lr_scaling`` is not ``none``.
+        lr_scaling, lr_reference_batch: ``linear`` multiplies by batch / reference (MAE, DINO), ``sqrt`` by its root
+            (DINOv2).
+        warmup, warmup_start: linear warm-up from a learning rate.
+        lr_end: cosine decays to it.
+        weight_decay, weight_decay_end: cosine from one to the other; constant if the end is not given.
+        layer_decay: learning-rate factor for each layer down from the last.
+        patch_embed_lr_scale: further factor for the patch embedding (0.2 in DINOv2).
+        clip_grad: largest gradient norm, or ``None``.
+        clip_per_parameter: clip each parameter's own norm (DINO) rather than the total.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1.5e-4, gt=0)
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    lr_reference_batch: int = Field(default=256, ge=1)
+    warmup: Duration = "10%"
+    warmup_start: float = Field(default=0.0, ge=0)
+    lr_end: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay_end: float | None = Field(default=None, ge=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    patch_embed_lr_scale: float = Field(default=1.0, gt=0)
+    clip_grad: float | None = Field(default=None, gt=0)
+    clip_per_parameter: bool = False
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, on what.
+
+    Attributes:
+        steps, epochs: length of the run; exactly one of them. ``steps`` are optimiser steps.
+        batch_size: samples in one optimiser step over all ranks and micro-batches.
+        accumulate: micro-batches in one step.
+        precision: ``auto`` is bf16 where the device computes it natively, float32 elsewhere.
+        compile: ``torch.compile`` the backbone's blocks.
+        activation_checkpointing: recompute blocks in the backward pass.
+        workers: loader processes a rank; -1 chooses from the cores.
+        checkpoint_every, keep_checkpoints: optimiser steps between checkpoints, and how many of them stay.
+        log_every: optimiser steps between lines of ``metrics.jsonl``.
+        max_skipped: share of windows that may be replaced as unreadable before the run stops.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=64, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    workers: int = Field(default=-1, ge=-1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    max_skipped: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of training.steps and training.epochs")
+        return self
+
+
+class MonitorConfig(Section):
+    """What is watched while training.
+
+    Attributes:
+        every: optimiser steps between looks at the encoder's features; 0 switches them off.
+        samples: windows that are looked at.
+        knn_k: neighbours of the online kNN probe (run where windows have labels).
+    """
+
+    every: int = Field(default=200, ge=0)
+    samples: int = Field(default=512, ge=8)
+    knn_k: int = Field(default=20, ge=1)

@@ -1,0 +1,126 @@
+"""What a domain plugin provides, and how plugins are found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.reader import Augmentation, Reader
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.inputs import InputSpec
+from fmsuite.errors import UsageError, nearest
+
+ENTRY_POINT_GROUP = "fmsuite.domains"
+
+Progress = Callable[[Iterable, int, str], Iterable]
+"""``progress(items, total, title)`` yields the items and shows how far along they are."""
+
+
+def no_progress(items: Iterable, total: int, title: str) -> Iterable:
+    """Shows nothing."""
+    return items
+
+
+class DomainOptions(BaseModel):
+    """Base of a domain's ``data:`` options; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Domain(ABC):
+    """A field: how its files become windows, arrays and valid variations of them.
+
+    Everything else (views, tokens, objectives, training, probes) belongs to the core, which never learns which domain
+    it is working for.
+
+    Attributes:
+        name: as on the command line.
+        title: one line for ``fmsuite list domains``.
+        Options: the model of the ``data:`` section.
+        default_recipe: what ``fmsuite pretrain --domain NAME`` runs.
+        recipes: a folder of further recipes, for plugins outside this package.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    Options: ClassVar[type[DomainOptions]]
+    default_recipe: ClassVar[str]
+    recipes: ClassVar[Path | None] = None
+
+    def __init__(self, options: DomainOptions) -> None:
+        self.options = options
+
+    @abstractmethod
+    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
+        """Find the windows of the given files and folders (folders are searched through).
+
+        A source that cannot be used goes to ``skipped`` and never stops the rest. Paths in the index are absolute.
+        What the index alone can tell (channel names, statistics, spacing) goes to its metadata, from which
+        ``input_spec`` reads it back; the options need not be repeated there.
+
+        Raises:
+            UsageError: if a path does not exist, or holds no file of this domain at all.
+        """
+
+    @abstractmethod
+    def input_spec(self, index: SampleIndex) -> InputSpec:
+        """The input that ``reader(index)`` yields: its size is the window's."""
+
+    @abstractmethod
+    def reader(self, index: SampleIndex) -> Reader:
+        """Reads the index's windows, resampled to the asked spacing."""
+
+    @abstractmethod
+    def augmentation(self, spec: InputSpec) -> Augmentation:
+        """The variations that are valid for this domain's images."""
+
+    @abstractmethod
+    def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
+        """A picture of one view for people: (C, *size) raw values to (H, W, 3) uint8."""
+
+    @abstractmethod
+    def example_data(self, folder: Path, seed: int = 0) -> Path:
+        """Make a small, honest data set with a known difference between its classes; returns the path to give to
+        ``--data``. The same seed makes the same pixels."""
+
+    def preview(self, index: SampleIndex, folder: Path) -> list[Path]:
+        """Pictures of where the windows are, one a source.
+
+        Raises:
+            UsageError: if the domain has none.
+        """
+        raise UsageError(f"The domain '{self.name}' draws no preview.")
+
+
+def available_domains() -> dict[str, type[Domain]]:
+    """Every installed domain by name, loaded. Loading one imports its libraries."""
+    return {name: load_domain(name) for name in domain_names()}
+
+
+def domain_names() -> list[str]:
+    """Names of the installed domains, without importing any."""
+    return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)})
+
+
+def load_domain(name: str) -> type[Domain]:
+    """
+    Raises:
+        UsageError: for an unknown name (with the nearest known one), or if the domain's libraries are not installed.
+    """
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            try:
+                return entry.load()
+            except ModuleNotFoundError as error:
+                raise UsageError(
+                    f"The domain '{name}' needs {error.name}, which is not installed.",
+                    f"Install it with `pip install 'fmsuite[{name.replace('_', '-')}]'`.",
+                ) from error
+    raise UsageError(f"There is no domain '{name}'.", nearest(name, domain_names()))
