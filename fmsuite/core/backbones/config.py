@@ -29,8 +29,8 @@ VIT_SIZES: dict[str, VitSize] = {
     "vit_giant": VitSize(1408, 40, 16, 48 / 11),
     "vit_giant2": VitSize(1536, 40, 24),
 }
-"""Touvron et al. 2021 (tiny, small), Dosovitskiy et al. 2021 (base to huge), Zhai et al. 2022 (giant), Oquab et al. 2023
-(giant2, DINOv2's ViT-g)."""
+"""Touvron et al. 2021 (tiny, small), Dosovitskiy et al. 2021 (base to huge), Zhai et al. 2022 (giant), Oquab et al.
+2023 (giant2, DINOv2's ViT-g)."""
 
 
 class ModelConfig(BaseModel):
@@ -44,8 +44,8 @@ class ModelConfig(BaseModel):
         cls_token, registers: special tokens.
         positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, or ``none``.
         positions_cls: the learned table has an entry for the class token, as in the original ViT, MAE and DINO(v2).
-        position_units: ``index`` counts patches; ``physical`` uses the spacing, so that one millimetre is one millimetre
-            at every spacing.
+        position_units: ``index`` counts patches; ``physical`` uses the spacing, so that one millimetre is one
+            millimetre at every spacing.
         position_scale: physical length that counts as one step when units are physical.
         rope_theta: base of the rotary frequencies.
         mlp: ``gelu``, or ``swiglu`` with DINOv2's fused layout (timm's ``GluMlp``, ``fc1`` then ``fc2``).

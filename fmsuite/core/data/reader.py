@@ -17,7 +17,7 @@ class Reader(Protocol):
     def read(self, window: Window) -> Sample:
         """
         Raises:
-            ReadFailure: for whatever is wrong with the file or this part of it. Anything else is a bug and ends the run.
+            ReadFailure: for whatever is wrong with the file or this part of it. Anything else is a bug.
         """
         ...
 

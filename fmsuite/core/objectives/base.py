@@ -64,7 +64,7 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """Named scalar losses of normalised views on the module's device; ``"loss"`` is the one to minimise, the
         others are its parts, for the log. Across ranks, losses are means over the global batch: where a count varies
-        between ranks, use ``training.distributed.all_mean`` on it."""
+        between ranks, use ``core.distributed.all_mean`` on it."""
 
     def before_update(self, context: StepContext) -> None:
         """Change gradients: freeze a last layer, for instance."""
