@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real slides, volumes, rasters and drawings: ``FMSUITE_DATA``, or ``../shared/data`` beside a checkout."""
+    """Real slides, volumes, rasters and drawings: ``FMSUITE_DATA``, or ``../shared/data`` beside a checkout."""
     folder = Path(os.environ.get("FMSUITE_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set FMSUITE_DATA to the folder that holds it")
