@@ -37,7 +37,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     gloo on CPUs, NCCL on GPUs.
     """
-    if active() or "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+    if active() or not launched():
         yield
         return
     if device.type == "cuda":
@@ -49,6 +49,11 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether torchrun (or a compatible launcher) started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def local_rank() -> int:
@@ -81,6 +86,15 @@ def gather_rows(value: Tensor) -> Tensor:
     if not active():
         return value
     return torch.cat(list(all_gather(value.contiguous())))  # type: ignore[no-untyped-call]
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Every rank's Python object, in rank order, on every rank."""
+    if not active():
+        return [value]
+    gathered: list[Value] = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def from_main(value: Value) -> Value:

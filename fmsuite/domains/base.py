@@ -119,6 +119,8 @@ def load_domain(name: str) -> type[Domain]:
             try:
                 return entry.load()
             except ModuleNotFoundError as error:
+                if (error.name or "fmsuite").partition(".")[0] == entry.module.partition(".")[0]:
+                    raise
                 raise UsageError(
                     f"The domain '{name}' needs {error.name}, which is not installed.",
                     f"Install it with `pip install 'fmsuite[{name.replace('_', '-')}]'`.",

@@ -47,6 +47,8 @@ class ModelConfig(BaseModel):
         position_units: ``index`` counts patches; ``physical`` uses the spacing, so that one millimetre is one
             millimetre at every spacing.
         position_scale: physical length that counts as one step when units are physical.
+        position_widths: features for the sine-cosine code of each named axis; the others share the rest evenly
+            (SatMAE gives its channel groups a width of their own).
         rope_theta: base of the rotary frequencies.
         mlp: ``gelu``, or ``swiglu`` with DINOv2's fused layout (timm's ``GluMlp``, ``fc1`` then ``fc2``).
         layer_scale: initial value, or ``None`` for no LayerScale.
@@ -70,6 +72,7 @@ class ModelConfig(BaseModel):
     positions_cls: bool = True
     position_units: Literal["index", "physical"] = "index"
     position_scale: float = Field(default=1.0, gt=0)
+    position_widths: dict[str, int] | None = None
     rope_theta: float = Field(default=100.0, gt=0)
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True

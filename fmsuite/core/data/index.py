@@ -171,7 +171,10 @@ class SampleIndex:
             raise UsageError(
                 f"{path}: not a sample index, it lacks {', '.join(missing)}.", "Make it with `fmsuite tile`."
             )
-        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-        if metadata.pop("format", FORMAT_VERSION) > FORMAT_VERSION:
-            raise FmsuiteError(f"{path}: written by a newer fmsuite.", "Upgrade fmsuite to read it.")
-        return cls(table.select(SCHEMA.names).cast(SCHEMA), metadata)
+        try:
+            metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+            if metadata.pop("format", FORMAT_VERSION) > FORMAT_VERSION:
+                raise FmsuiteError(f"{path}: written by a newer fmsuite.", "Upgrade fmsuite to read it.")
+            return cls(table.select(SCHEMA.names).cast(SCHEMA), metadata)
+        except (pa.ArrowException, ValueError) as error:
+            raise UsageError(f"{path}: not a sample index ({error}).", "Make it again with `fmsuite tile`.") from error

@@ -243,6 +243,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU run beside its work. The loader calls this."""
+        return Batch(
+            {name: [view.map(Tensor.pin_memory) for view in group] for name, group in self.views.items()},
+            self.indices.pin_memory(),
+            self.labels.pin_memory(),
+            self.skipped,
+        )
+
     def map_views(self, function: Callable[[View], View]) -> Batch:
         views = {name: [function(view) for view in group] for name, group in self.views.items()}
         return Batch(views, self.indices, self.labels, self.skipped)

@@ -34,12 +34,16 @@ class SkippedLog:
         self.path = Path(path) if path is not None else None
         self.strict = strict
         self.entries: list[Skipped] = []
-        self._seen: set[Skipped] = set()
+        self._seen: dict[Skipped, None] = {}
+        self._torn = False
         if self.path is not None and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
-                for row in list(csv.reader(file))[1:]:
-                    if len(row) == 3:
-                        self._seen.add(Skipped(*row))
+                lines = file.readlines()
+            # A crash may have cut the last line off.
+            self._torn = bool(lines) and not lines[-1].endswith("\n")
+            for row in list(csv.reader(lines))[1:]:
+                if len(row) == 3:
+                    self._seen[Skipped(*row)] = None
             self.entries = list(self._seen)
 
     def __len__(self) -> int:
@@ -56,7 +60,7 @@ class SkippedLog:
         entry = Skipped(str(path), stage, " ".join(str(reason).split()))
         if entry in self._seen:
             return
-        self._seen.add(entry)
+        self._seen[entry] = None
         self.entries.append(entry)
         if self.path is None:
             return
@@ -64,6 +68,9 @@ class SkippedLog:
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
+            if self._torn:
+                file.write("\r\n")
+                self._torn = False
             if new:
                 writer.writerow(["path", "stage", "reason"])
             writer.writerow(astuple(entry))

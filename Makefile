@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up what they need; both work on a machine with Python 3.11+, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test lint types unit docs setup system clean
+
+demo: setup
+	$(BIN)/fmsuite example-data --domain pathology --out $(DEMO)/slides
+	$(BIN)/fmsuite tile --domain pathology $(DEMO)/slides --out $(DEMO)/index.parquet --preview
+	$(BIN)/fmsuite pretrain --domain pathology --data $(DEMO)/index.parquet --out $(DEMO)/run
+	@ls -l $(DEMO)/run
+
+test: setup lint types unit docs
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/pytest -n auto --dist worksteal --durations 15
+
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
+setup: system $(VENV)/.installed
+
+system:
+	@PYTHON="$(PYTHON)" sh tools/system_packages.sh
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) site

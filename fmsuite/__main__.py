@@ -1,0 +1,5 @@
+"""``python -m fmsuite``, which torchrun needs."""
+
+from fmsuite.cli import main
+
+main()

@@ -1,0 +1,220 @@
+"""The commands: parse, call, print. What they do is in ``fmsuite.commands``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from fmsuite import __version__
+from fmsuite.core.training.progress import console as progress_console
+from fmsuite.core.training.progress import console_progress
+from fmsuite.errors import FmsuiteError
+
+DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    help="Pretrain, adapt and judge vision foundation models for slides, volumes, rasters and vector graphics.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done; 1 failed; 2 wrong use; 3 done, with sources skipped; 130 interrupted.",
+)
+out_console = Console()
+console = progress_console()
+
+DomainName = Annotated[str, typer.Option("--domain", "-d", help="The field: see `fmsuite list domains`.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one configuration key; repeatable.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="A source that cannot be used is an error.")]
+Mpp = Annotated[
+    float | None,
+    typer.Option(
+        "--mpp", help="Microns per pixel of slides whose files do not say (pathology); sets data.mpp_override."
+    ),
+]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda on: _version(on))
+    ] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False, rich_tracebacks=False)],
+        force=True,
+    )
+    logging.getLogger("fmsuite").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _version(on: bool) -> None:
+    if on:
+        out_console.print(f"fmsuite {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def pretrain(
+    domain: DomainName,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="Files, folders or one index.parquet; without it, example data is made."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Another objective than the recipe's, with its own defaults.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/DOMAIN-TIME if absent.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
+    mpp: Mpp = None,
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Pretrain an encoder."""
+    from fmsuite.commands.pretrain import pretrain as run
+
+    outcome = run(
+        domain,
+        data or [],
+        recipe=recipe,
+        objective=objective,
+        out=out,
+        resume=resume,
+        overrides=_with_mpp(overrides, mpp, "data."),
+        strict=strict,
+        progress=console_progress,
+        command=sys.argv,
+    )
+    if outcome.main_rank:
+        _say(f"{'Interrupted' if outcome.interrupted else 'Done'} at step {outcome.step} of {outcome.total_steps}.")
+        _say(f"Run folder: {outcome.folder}")
+        if outcome.interrupted:
+            _say(f"Continue with: fmsuite pretrain --domain {domain} --out {outcome.folder} --resume")
+    if outcome.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    _finish(outcome.skipped if outcome.main_rank else "")
+
+
+@app.command()
+def tile(
+    domain: DomainName,
+    paths: Annotated[list[Path], typer.Argument(help="Files and folders.")],
+    out: Annotated[Path, typer.Option(help="The index: a .parquet file, or a folder for index.parquet.")],
+    preview: Annotated[bool, typer.Option("--preview", help="Draw where the windows are.")] = False,
+    mpp: Mpp = None,
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Find the windows worth looking at, and write their index."""
+    from fmsuite.commands.tile import tile as run
+
+    result = run(
+        domain,
+        paths,
+        out,
+        overrides=_with_mpp(overrides, mpp, ""),
+        preview=preview,
+        strict=strict,
+        progress=console_progress,
+    )
+    _say(f"{len(result.index)} windows from {len(result.index.sources)} sources: {result.path}")
+    if result.previews:
+        _say(f"{len(result.previews)} previews: {result.previews[0].parent}")
+    _finish(result.skipped.summary())
+
+
+@app.command()
+def export(
+    encoder: Annotated[str, typer.Argument(help="A run folder, a weight file, timm:NAME, hf-hub:NAME.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+) -> None:
+    """Write an encoder as safetensors that timm loads."""
+    from fmsuite.commands.export import export as run
+
+    _say(f"Written: {run(encoder, out)}")
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="recipes, objectives, models or domains.")]) -> None:
+    """Show what there is to choose from."""
+    from fmsuite.commands.catalogue import catalogue
+
+    headings, rows = catalogue(what)
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out_console.print(table)
+
+
+@app.command(name="example-data")
+def example_data(
+    domain: DomainName,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    seed: Annotated[int, typer.Option(help="The same seed makes the same data.")] = 0,
+) -> None:
+    """Make a small data set with a known difference between its classes."""
+    from fmsuite.domains.base import load_domain
+
+    plugin = load_domain(domain)
+    _say(f"Example data: {plugin(plugin.Options()).example_data(out, seed)}")
+
+
+def _with_mpp(overrides: list[str] | None, mpp: float | None, prefix: str) -> list[str]:
+    items = list(overrides or [])
+    return items if mpp is None else [*items, f"{prefix}mpp_override={mpp}"]
+
+
+def _say(text: str) -> None:
+    out_console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _finish(skipped: str) -> None:
+    if skipped:
+        _say(skipped)
+        raise typer.Exit(DONE_WITH_SKIPS)
+
+
+def main() -> None:
+    """The console script: errors become one message and an exit code; a traceback appears only with ``--debug``."""
+    debug = "--debug" in sys.argv
+    if debug:  # allowed anywhere on the line, not only before the command
+        sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        code = WRONG_USE
+    except FmsuiteError as error:
+        if debug:
+            traceback.print_exc()
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        console.print("interrupted", highlight=False)
+        code = INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        notes = " ".join(getattr(error, "__notes__", []))
+        text = f"unexpected {type(error).__name__}: {error} {notes}".strip()
+        console.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        console.print("This is a defect; `--debug` shows where it happened.", highlight=False)
+        code = FAILED
+    sys.exit(code if isinstance(code, int) else DONE)

@@ -1,0 +1,66 @@
+"""``fmsuite list``: what there is to choose from."""
+
+from __future__ import annotations
+
+import inspect
+
+import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
+from fmsuite.commands.setup import recipe_folders
+from fmsuite.configs import recipes
+from fmsuite.core.backbones.config import VIT_SIZES
+from fmsuite.core.objectives.base import OBJECTIVES
+from fmsuite.domains.base import domain_names, load_domain
+from fmsuite.errors import UsageError, nearest
+
+Row = tuple[str, ...]
+
+
+def catalogue(what: str) -> tuple[Row, list[Row]]:
+    """Headings and rows.
+
+    Args:
+        what: ``recipes``, ``objectives``, ``models`` or ``domains``.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    tables = {"recipes": _recipes, "objectives": _objectives, "models": _models, "domains": _domains}
+    if what not in tables:
+        raise UsageError(f"Cannot list '{what}'.", nearest(what, tables))
+    return tables[what]()
+
+
+def _recipes() -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for recipe in recipes(recipe_folders()).values():
+        objective = (recipe.raw.get("objective") or {}).get("name", "")
+        model = (recipe.raw.get("model") or {}).get("name", "")
+        rows.append((recipe.name, recipe.domain, objective, model, recipe.description))
+    return ("recipe", "domain", "objective", "model", "what it is"), sorted(rows, key=lambda row: (row[1], row[0]))
+
+
+def _objectives() -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for name, objective in sorted(OBJECTIVES.items()):
+        rows.append((name, (inspect.getdoc(objective) or "").split("\n\n")[0].replace("\n", " ")))
+    return ("objective", "what it is"), rows
+
+
+def _models() -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for name, size in VIT_SIZES.items():
+        parameters = size.depth * size.width**2 * (4 + 2 * size.mlp_ratio) / 1e6
+        rows.append((name, str(size.width), str(size.depth), str(size.heads), f"{parameters:.0f} M"))
+    rows.append(("timm:NAME", "", "", "", "any timm model as it is (2D; no token dropping or masking)"))
+    return ("model", "width", "depth", "heads", "parameters in the blocks"), rows
+
+
+def _domains() -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for name in domain_names():
+        try:
+            domain = load_domain(name)
+            rows.append((name, domain.default_recipe, domain.title))
+        except UsageError as error:
+            rows.append((name, "", str(error)))
+    return ("domain", "default recipe", "what it is"), rows

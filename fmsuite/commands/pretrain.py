@@ -1,0 +1,233 @@
+"""``fmsuite pretrain``: from files to an encoder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmsuite.commands.setup import open_domain, open_index, read_run_config, resolve_run
+from fmsuite.core import distributed
+from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.config import RunConfig
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.loader import SampleStream, default_workers, make_loader
+from fmsuite.core.data.pipeline import IMAGE, ViewPipeline, WindowDataset, collate, plain_views
+from fmsuite.core.data.reader import Reader
+from fmsuite.core.data.sample import Batch
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.encoders import save_encoder
+from fmsuite.core.inputs import InputSpec
+from fmsuite.core.objectives.base import Objective, find_objective
+from fmsuite.core.reports.views import draw_views
+from fmsuite.core.seeding import derive, generator
+from fmsuite.core.training.loop import RunFolder, train
+from fmsuite.core.training.monitor import ProbeSet
+from fmsuite.core.training.precision import choose_device
+from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
+from fmsuite.errors import FmsuiteError, UsageError
+
+log = logging.getLogger("fmsuite")
+VIEW_SAMPLES = 6
+PROBE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        step, total_steps: optimiser steps done and asked for.
+        interrupted: it was stopped, and can be continued with ``--resume``.
+        skipped: one sentence on what could not be used; empty if everything was.
+        main_rank: this process is the one that reports.
+    """
+
+    folder: Path
+    step: int
+    total_steps: int
+    interrupted: bool
+    skipped: str
+    main_rank: bool
+
+
+def pretrain(
+    domain: str,
+    data: Sequence[Path],
+    *,
+    recipe: str | None = None,
+    objective: str | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    progress: Progress = no_progress,
+    command: Sequence[str] = (),
+) -> Pretrained:
+    """Train an encoder and leave a run folder that holds everything needed to repeat it.
+
+    Raises:
+        UsageError: for wrong names, keys, paths or combinations, before any training.
+        FmsuiteError: if training cannot go on; the last checkpoint stays usable.
+    """
+    load_domain(domain)
+    run = RunFolder(_run_path(domain, out, resume))
+    config = _run_config(run, domain, recipe, objective, overrides, resume)
+    device = choose_device(config.training.device)
+    with distributed.process_group(device):
+        return _pretrain(config, data, run, resume, strict, progress, command)
+
+
+def _run_path(domain: str, out: Path | None, resume: bool) -> Path:
+    if out is not None:
+        return out
+    if resume:
+        raise UsageError("--resume needs --out: which run to continue.")
+    if distributed.launched():
+        raise UsageError("Under torchrun --out is needed, so that all processes write to one folder.")
+    return Path("runs") / f"{domain}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _run_config(
+    run: RunFolder, domain: str, recipe: str | None, objective: str | None, overrides: Sequence[str], resume: bool
+) -> RunConfig:
+    """A resumed run's own configuration, with the overrides on top; otherwise the recipe's."""
+    if not resume or not run.config_path.exists() or recipe is not None:
+        return resolve_run(domain, recipe, objective, overrides)
+    config = resolve_run(domain, str(run.config_path), objective, overrides)
+    return config.model_copy(update={"recipe": read_run_config(run.config_path).recipe})
+
+
+def _pretrain(
+    config: RunConfig,
+    data: Sequence[Path],
+    run: RunFolder,
+    resume: bool,
+    strict: bool,
+    progress: Progress,
+    command: Sequence[str],
+) -> Pretrained:
+    main = distributed.is_main()
+    if not resume:
+        run.refuse_if_begun()
+        distributed.barrier()
+    if main:
+        run.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            run.skipped_path.unlink(missing_ok=True)
+    skipped = SkippedLog(run.skipped_path if main else None, strict)
+    domain, index = _windows(config, data, run, resume, skipped, progress)
+    config = config.model_copy(update={"data": domain.options})
+
+    # Nothing random precedes this, so every rank builds the same network.
+    torch.manual_seed(derive(config.seed, "weights"))
+    backbone = build_backbone(config.model, domain.input_spec(index))
+    objective = find_objective(config.objective)(config.objective_options, backbone)
+    spec = backbone.spec
+
+    training = config.training
+    stream = SampleStream(len(index), training.batch_size, config.seed, distributed.rank(), distributed.world_size())
+    total_steps = training.steps or max(1, round((training.epochs or 0) * len(index) / training.batch_size))
+    reader = domain.reader(index)
+    pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
+    dataset = WindowDataset(index, reader, pipeline, config.seed)
+    if main:
+        run.begin(config, index.hash, command or None, resume)
+        if not resume:
+            _draw_views(dataset, stream, domain, objective, run)
+    distributed.barrier()
+    probe = _probe(config, index, reader, spec, objective, skipped) if main and config.monitor.every else None
+    workers = training.workers if training.workers >= 0 else default_workers()
+
+    result = train(
+        objective,
+        lambda start: make_loader(dataset, stream, start, total_steps, workers),
+        config,
+        spec,
+        run,
+        total_steps=total_steps,
+        steps_per_epoch=stream.steps_per_epoch,
+        skipped=skipped,
+        probe=probe,
+        resume=resume,
+        report=progress,
+    )
+    if main and not result.interrupted:
+        provenance = {
+            "run": str(run.path.resolve()),
+            "recipe": config.recipe,
+            "domain": config.domain,
+            "objective": config.objective,
+            "steps": str(result.step),
+            "seed": str(config.seed),
+            "index": index.hash,
+        }
+        save_encoder(run.path, objective.encoder, objective.encoder.spec, objective.pooling, provenance)
+    return Pretrained(run.path, result.step, total_steps, result.interrupted, skipped.summary(), main)
+
+
+def _windows(
+    config: RunConfig, data: Sequence[Path], run: RunFolder, resume: bool, skipped: SkippedLog, progress: Progress
+) -> tuple[Domain, SampleIndex]:
+    """The run's windows. Rank 0 finds them and writes the run's index; every rank reads it."""
+    domain = open_domain(config.domain, config.data)
+    failure: FmsuiteError | None = None
+    if distributed.is_main():
+        try:
+            if not (resume and run.index_path.exists()):
+                paths = [Path(path) for path in data] or [_example_data(domain, config.seed)]
+                _, index = open_index(domain, paths, skipped, progress)
+                index.write(run.index_path)
+                log.info("%d windows from %d sources.", len(index), len(index.sources))
+            elif data:
+                raise UsageError("--resume goes on with the run's own index.parquet.", "Leave out --data.")
+        except FmsuiteError as error:
+            failure = error
+    failure = distributed.from_main(failure)
+    if failure is not None:
+        raise failure
+    return open_index(domain, [run.index_path], skipped)
+
+
+def _example_data(domain: Domain, seed: int) -> Path:
+    folder = Path("example-data") / f"{domain.name}-{seed}"
+    log.info("No --data: training on example data in %s.", folder)
+    return domain.example_data(folder, seed)
+
+
+def _draw_views(
+    dataset: WindowDataset, stream: SampleStream, domain: Domain, objective: Objective, run: RunFolder
+) -> None:
+    """``views.png`` of the first samples of the first batch, exactly as training will see them."""
+    spec = objective.backbone.spec
+    batch = collate([dataset[key] for key in stream.keys(0)[:VIEW_SAMPLES]])
+    draw_views(batch, objective.backbone.grid, lambda values: domain.to_rgb(values, spec), run.views_path)
+
+
+def _probe(
+    config: RunConfig,
+    index: SampleIndex,
+    reader: Reader,
+    spec: InputSpec,
+    objective: Objective,
+    skipped: SkippedLog,
+) -> ProbeSet:
+    """A fixed choice of windows for the monitor."""
+    rows = generator(config.seed, "probe").permutation(len(index))[: config.monitor.samples]
+    groups = index.table.column("group").combine_chunks().cast("string").take(np.sort(rows)).to_pylist()
+    group_of = dict(zip(np.sort(rows).tolist(), groups, strict=True))
+
+    def recorded(batches: Iterable[Batch]) -> Iterable[Batch]:
+        for batch in batches:
+            for window in batch.skipped:
+                skipped.add(window.source, window.stage, window.reason)
+            yield batch
+
+    batches = plain_views(index, reader, spec, np.sort(rows).tolist(), spec.size, PROBE_BATCH, objective.backbone.grid)
+    return ProbeSet.collect(recorded(batches), IMAGE, group_of.__getitem__, config.monitor.samples)

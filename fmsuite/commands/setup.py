@@ -1,0 +1,128 @@
+"""From names and paths on the command line to a domain, a configuration and an index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
+from fmsuite.configs import load_recipe
+from fmsuite.core.config import RunConfig, apply_overrides, parse_run, validate
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.objectives.base import find_objective
+from fmsuite.domains.base import Domain, Progress, domain_names, load_domain, no_progress
+from fmsuite.errors import UsageError
+
+
+def recipe_folders(domain: str | None = None) -> list[Path]:
+    """Recipe folders of installed plugins: of one domain, or of all that can be loaded."""
+    folders = []
+    for name in [domain] if domain else domain_names():
+        try:
+            plugin = load_domain(name)
+        except UsageError:
+            if domain:
+                raise
+            continue
+        if plugin.recipes is not None:
+            folders.append(plugin.recipes)
+    return folders
+
+
+def resolve_run(
+    domain: str, recipe: str | None = None, objective: str | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The checked configuration of a run.
+
+    Args:
+        recipe: name or path; the domain's default if not given.
+        objective: another objective than the recipe's, with that objective's default options.
+        overrides: ``a.b=value`` items, applied last.
+
+    Raises:
+        UsageError: for unknown names and keys, and for a recipe of another domain.
+    """
+    plugin = load_domain(domain)
+    found = load_recipe(recipe or plugin.default_recipe, [plugin.recipes] if plugin.recipes else [])
+    if found.domain != domain:
+        raise UsageError(
+            f"The recipe '{found.name}' is for --domain {found.domain}, not {domain}.",
+            f"`fmsuite list recipes` shows those of {domain}.",
+        )
+    items = [f"objective.name={objective}", *overrides] if objective else list(overrides)
+    raw = apply_overrides(found.raw, items)
+    return parse(raw, f"recipe {found.name}")
+
+
+def parse(raw: dict[str, Any], origin: str) -> RunConfig:
+    """A configuration whose domain and objective are installed.
+
+    Raises:
+        UsageError: as ``parse_run``.
+    """
+    section = raw.get("objective")
+    name = section.get("name") if isinstance(section, dict) else None
+    options = find_objective(name).Config if isinstance(name, str) else None
+    domain = raw.get("domain")
+    if not isinstance(domain, str) or options is None:
+        raise UsageError(f"{origin}: 'domain' and 'objective.name' must both be given.")
+    return parse_run(raw, load_domain(domain).Options, options, origin)
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The ``config.yaml`` of a run folder.
+
+    Raises:
+        UsageError: if it is missing or does not fit the installed version.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}).", "Is this a run folder of `fmsuite pretrain`?") from error
+    return parse(raw, str(path))
+
+
+def open_domain(name: str, options: BaseModel) -> Domain:
+    return load_domain(name)(options)  # type: ignore[arg-type]
+
+
+def domain_options(name: str, overrides: Sequence[str]) -> BaseModel:
+    """A domain's ``data:`` options from ``data.key=value`` or plain ``key=value`` overrides.
+
+    Raises:
+        UsageError: for unknown keys.
+    """
+    plugin = load_domain(name)
+    defaults = load_recipe(plugin.default_recipe, [plugin.recipes] if plugin.recipes else []).raw.get("data") or {}
+    items = [item if item.startswith("data.") else f"data.{item}" for item in overrides]
+    raw = apply_overrides({"data": defaults}, items)
+    return validate(plugin.Options, raw["data"], "data", "command line")
+
+
+def open_index(
+    domain: Domain, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress
+) -> tuple[Domain, SampleIndex]:
+    """An index from a Parquet file, or made from sources. The returned domain has the options of the index.
+
+    Raises:
+        UsageError: if the index belongs to another domain, or nothing usable was found.
+    """
+    if len(paths) == 1 and paths[0].suffix == ".parquet":
+        index = SampleIndex.read(paths[0])
+        made_for = index.metadata.get("domain")
+        if made_for != domain.name:
+            raise UsageError(f"{paths[0]}: an index of the domain '{made_for}', not '{domain.name}'.")
+        options = validate(type(domain).Options, index.metadata.get("options"), "data", str(paths[0]))
+        domain = type(domain)(options)  # type: ignore[arg-type]
+    else:
+        index = domain.build_index(paths, skipped, progress)
+    if len(index) == 0:
+        detail = skipped.summary()
+        first = f" First: {skipped.entries[0].path}: {skipped.entries[0].reason}" if skipped.entries else ""
+        raise UsageError(f"No usable window in {', '.join(map(str, paths))}. {detail}{first}")
+    return domain, index

@@ -1,0 +1,33 @@
+"""From the ``model:`` section to a backbone."""
+
+from __future__ import annotations
+
+from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
+from fmsuite.core.backbones.transfer import transfer
+from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.inputs import InputSpec
+
+
+def build_backbone(config: ModelConfig, spec: InputSpec) -> Backbone:
+    """A backbone for an input, started from ``config.weights`` if there are any.
+
+    Args:
+        config: the shape. ``timm:NAME`` wraps a timm model (with random weights unless ``config.weights`` names some).
+        spec: the input; ``config.input_size``, if given, resizes it.
+
+    Raises:
+        UsageError: if shape, input and weights do not fit together.
+        FmsuiteError: if the weights cannot be read or fetched.
+    """
+    if config.name.startswith(PREFIX):
+        backbone: Backbone = TimmBackbone(config, spec)
+    else:
+        backbone = VisionTransformer(config, spec)
+    if config.weights is not None:
+        # Encoders are built through this function; the import would go round in a circle at the top.
+        from fmsuite.core.encoders import load_encoder
+
+        transfer(load_encoder(config.weights).backbone, backbone, config.weights)
+    return backbone

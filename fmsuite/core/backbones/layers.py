@@ -1,0 +1,192 @@
+"""Transformer layers with timm's parameter names: attention, MLPs, LayerScale, stochastic depth, the block."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmsuite.core.backbones.positions import Rotary, rotate
+from fmsuite.core.seeding import uniform_from_keys
+
+LAYER_NORM_EPS = 1e-6
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm as every public ViT has it (epsilon 1e-6, not PyTorch's 1e-5)."""
+    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+
+def mlp_hidden(width: int, ratio: float, kind: Literal["gelu", "swiglu"]) -> int:
+    """Hidden width of a block's MLP.
+
+    ``gelu``: ``ratio * width``. ``swiglu``: two thirds of that, rounded up to a multiple of 8, so that the gated form
+    has as many parameters (Shazeer 2020, "GLU Variants Improve Transformer"; the rounding is DINOv2's).
+    """
+    hidden = int(width * ratio + 1e-4)
+    if kind == "gelu":
+        return hidden
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused projection (Vaswani et al. 2017, section 3.2).
+
+    Parameters ``qkv`` and ``proj``, as timm names them; q, k and v lie one after the other in ``qkv``.
+    """
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None, key_mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (B, N, D).
+            rotary: rotation of queries and keys, for all N tokens.
+            key_mask: (B, N) bool, False at tokens that nothing may attend to. Every row needs a True.
+
+        Returns:
+            (B, N, D).
+        """
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """``fc2(silu(a) * b)`` with ``a, b`` the halves of ``fc1(x)`` (Shazeer 2020, equation 6).
+
+    The layout of timm's ``SwiGLUPacked`` and, with ``fc1``/``fc2`` called ``w12``/``w3``, of DINOv2.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each feature of a residual branch (Touvron et al. 2021, "Going deeper", equation 4)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for a whole sample, in training (Huang et al. 2016, section 3).
+
+    Args:
+        rate: probability of dropping; what is kept is divided by ``1 - rate``.
+        salt: tells this draw from those of other branches where keys are used.
+    """
+
+    def __init__(self, rate: float, salt: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.salt = salt
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (B, ...).
+            keys: (B,) int64, a number for each sample and draw: what is dropped then depends on the key alone, not on
+                the batch, the rank or the generator. ``None`` draws from PyTorch's generator.
+        """
+        if not self.training or self.rate == 0.0:
+            return x
+        draw = torch.rand(len(x), device=x.device) if keys is None else uniform_from_keys(keys, self.salt)
+        factor = (draw >= self.rate).to(x.dtype) / (1.0 - self.rate)
+        return x * factor.view(-1, *(1,) * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with timm's names: ``norm1 attn ls1 norm2 mlp ls2``.
+
+    Args:
+        width, heads: of the attention.
+        mlp_ratio, mlp: see ``mlp_hidden``.
+        layer_scale: initial LayerScale, ``None`` for none.
+        drop_path: rate of both branches.
+        index: number of the block, which separates the drop-path draws of different blocks.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        index: int = 0,
+    ) -> None:
+        super().__init__()
+        hidden = mlp_hidden(width, mlp_ratio, mlp)
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path1 = DropPath(drop_path, 2 * index)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, hidden) if mlp == "gelu" else SwiGlu(width, hidden)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path2 = DropPath(drop_path, 2 * index + 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None = None,
+        key_mask: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, D) to (B, N, D); the other arguments are those of ``Attention`` and ``DropPath``."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary, key_mask)), keys)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), keys)
+
+
+def init_transformer(module: nn.Module, std: float = 0.02) -> None:
+    """Truncated normal (standard deviation ``std``) for the weights of linear layers and patch projections, zero for
+    their biases, one and zero for norms: the initialisation of ViT, DINO and DINOv2. Use it as
+    ``module.apply(init_transformer)``."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,321 @@
+"""The vision transformer: any axes, any channels, subsets of tokens; timm's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fmsuite.core.backbones.base import Backbone, Features
+from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.layers import Block, init_transformer, layer_norm
+from fmsuite.core.backbones.patch_embed import BagEmbed, PatchEmbed
+from fmsuite.core.backbones.positions import (
+    Rotary,
+    axis_widths,
+    check_regular,
+    resample_table,
+    rotary,
+    rotary_angles,
+    sincos_positions,
+)
+from fmsuite.core.data.sample import View
+from fmsuite.core.inputs import InputSpec
+from fmsuite.core.tokens import PatchGrid, TokenLayout
+from fmsuite.errors import UsageError
+
+
+class VisionTransformer(Backbone):
+    """Dosovitskiy et al. 2021, with registers (Darcet et al. 2024) and the position codes of ``positions.py``.
+
+    The sequence is class token, registers, patches. A learned table adds to the patches and, with
+    ``config.positions_cls``, to the class token; never to registers. Parameters have the names of timm's
+    ``VisionTransformer`` (``cls_token reg_token pos_embed patch_embed blocks norm``), and ``mask_token`` besides.
+
+    All weights start as a truncated normal of standard deviation 0.02, biases at zero.
+
+    Args:
+        config: the shape; ``config.name`` must be a named size. ``config.weights`` is not read here (see
+            ``build_backbone``).
+        spec: the input; ``config.input_size``, if given, resizes it.
+
+    Raises:
+        UsageError: for a shape that does not fit the input, or learned positions for a bag.
+    """
+
+    can_drop_tokens = True
+    can_mask_tokens = True
+    can_resize = True
+
+    def __init__(self, config: ModelConfig, spec: InputSpec) -> None:
+        super().__init__()
+        if config.input_size is not None:
+            if spec.bag:
+                raise UsageError("model.input_size is set, but the input is a bag of vectors.", "Remove it.")
+            spec = spec.resized(config.input_size)
+        size = config.size
+        self.config = config
+        self.spec = spec
+        self.width = size.width
+        self.depth = size.depth
+        self.grid = None if spec.bag else PatchGrid.build(spec, config.patch_size, config.min_valid)
+        self.patch_embed = BagEmbed(spec, size.width) if self.grid is None else PatchEmbed(self.grid, size.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width)) if config.cls_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, size.width)) if config.registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, size.width))
+        self.pos_embed = self._make_table()
+        self._check_positions(size.width // size.heads)
+        self.blocks = nn.ModuleList(
+            Block(
+                size.width,
+                size.heads,
+                size.mlp_ratio,
+                mlp=config.mlp,
+                qkv_bias=config.qkv_bias,
+                layer_scale=config.layer_scale,
+                drop_path=self._drop_path(number),
+                index=number,
+            )
+            for number in range(size.depth)
+        )
+        self.norm = layer_norm(size.width)
+        self._checkpointing = False
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Set every parameter to its starting value (PyTorch's global generator)."""
+        self.apply(init_transformer)
+        for token in (self.cls_token, self.reg_token, self.mask_token, self.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        if self.config.layer_scale is not None:
+            for name, gamma in self.named_parameters():
+                if name.endswith(".gamma"):
+                    nn.init.constant_(gamma, self.config.layer_scale)
+
+    @property
+    def has_cls(self) -> bool:
+        return self.cls_token is not None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and registers."""
+        return int(self.has_cls) + self.config.registers
+
+    @property
+    def positions_for_cls(self) -> bool:
+        """Whether the first row of ``pos_embed`` belongs to the class token."""
+        return self.pos_embed is not None and self.has_cls and self.config.positions_cls
+
+    def layer_of(self, parameter: str) -> int:
+        head, _, rest = parameter.partition(".")
+        if head == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return self.depth + 1 if head == "norm" else 0
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        self._checkpointing = enabled
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place with ``torch.compile``; parameter names do not change."""
+        for block in self.blocks:
+            block.compile()
+
+    def forward(
+        self,
+        view: View,
+        *,
+        keep: Tensor | None = None,
+        keep_valid: Tensor | None = None,
+        mask: Tensor | None = None,
+        layers: Sequence[int] = (),
+        norm_layers: bool = True,
+    ) -> Features:
+        if keep is None and keep_valid is not None:
+            raise ValueError("keep_valid marks padding in keep, which was not given")
+        layout = self.layout(view)
+        x = self.patch_embed(view.pixels)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        if layout.valid is not None:
+            # The output of a token without data must not depend on whatever stands there.
+            x = torch.where(layout.valid[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+        patch_positions, cls_position = self._positions(layout)
+        if patch_positions is not None:
+            x = x + patch_positions
+        if keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+            layout = layout.select(keep)
+            if keep_valid is not None:
+                valid = keep_valid if layout.valid is None else layout.valid & keep_valid
+                layout = replace(layout, valid=valid)
+        sequence, outputs = self._run(self._with_prefix(x, cls_position), layout, view.keys, layers)
+        if norm_layers:
+            outputs = [self.norm(output) for output in outputs]
+        prefix = self.num_prefix_tokens
+        sequence = self.norm(sequence)
+        return Features(
+            patches=sequence[:, prefix:],
+            layout=layout,
+            cls=sequence[:, 0] if self.has_cls else None,
+            registers=sequence[:, int(self.has_cls) : prefix] if self.config.registers else None,
+            intermediate=tuple(output[:, prefix:] for output in outputs),
+        )
+
+    def forward_crops(self, views: Sequence[View], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
+        """Several crops, of several sizes, in one call: crops of equal size go through together.
+
+        Args:
+            views: any number of views; each may have its own batch size.
+            masks: for each view the tokens to replace by the mask token, or ``None``.
+
+        Returns:
+            Features of each view, in the same order; equal to separate calls.
+        """
+        given: Sequence[Tensor | None] = masks if masks is not None else [None] * len(views)
+        if len(given) != len(views):
+            raise ValueError(f"{len(given)} masks for {len(views)} views")
+        bundles: dict[tuple, list[int]] = {}
+        for number, view in enumerate(views):
+            extras = (view.spacing is None, view.keys is None, tuple(sorted(view.coords)))
+            bundles.setdefault((tuple(view.pixels.shape[1:]), extras), []).append(number)
+        results: dict[int, Features] = {}
+        for members in bundles.values():
+            joined = View.cat([replace(views[number], mask=None) for number in members])
+            mask = None
+            if any(given[number] is not None for number in members):
+                mask = torch.cat([self._mask_or_none(views[number], given[number]) for number in members])
+            features = self(joined, mask=mask)
+            start = 0
+            for number in members:
+                stop = start + len(views[number])
+                results[number] = _rows(features, start, stop)
+                start = stop
+        return [results[number] for number in range(len(views))]
+
+    def _mask_or_none(self, view: View, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            return mask
+        return torch.zeros(len(view), self.layout(view).num_tokens, dtype=torch.bool, device=view.pixels.device)
+
+    def _run(
+        self, x: Tensor, layout: TokenLayout, keys: Tensor | None, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The blocks, and the outputs of those in ``layers``, in that order, before the final norm."""
+        wanted = [self._block_number(layer) for layer in layers]
+        key_mask = self._key_mask(layout)
+        turn = self._rotary(layout)
+        outputs: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            if self._checkpointing and self.training:
+                x = checkpoint(block, x, turn, key_mask, keys, use_reentrant=False)
+            else:
+                x = block(x, turn, key_mask, keys)
+            if number in wanted:
+                outputs[number] = x
+        return x, [outputs[number] for number in wanted]
+
+    def _block_number(self, layer: int) -> int:
+        if not -self.depth <= layer < self.depth:
+            raise UsageError(f"There is no layer {layer}: the model has {self.depth} blocks.", "Count from 0.")
+        return layer % self.depth
+
+    def _with_prefix(self, x: Tensor, cls_position: Tensor | None) -> Tensor:
+        prefix = []
+        if self.cls_token is not None:
+            token = self.cls_token if cls_position is None else self.cls_token + cls_position
+            prefix.append(token.expand(len(x), -1, -1))
+        if self.reg_token is not None:
+            prefix.append(self.reg_token.expand(len(x), -1, -1))
+        return torch.cat([*prefix, x], dim=1) if prefix else x
+
+    def _key_mask(self, layout: TokenLayout) -> Tensor | None:
+        """(B, prefix + N) bool, or ``None`` if every token may be attended to."""
+        if layout.valid is None or bool(layout.valid.all()):
+            return None
+        mask = nn.functional.pad(layout.valid, (self.num_prefix_tokens, 0), value=True)
+        # Softmax over nothing is not a number: a sample without any key gets all of them; its mean is zero anyway.
+        return mask | ~mask.any(1, keepdim=True)
+
+    def _make_table(self) -> nn.Parameter | None:
+        if self.config.positions != "learned":
+            return None
+        if self.grid is None:
+            raise UsageError("A bag of vectors has no grid for a learned position table.", "Use sincos or rotary.")
+        tokens = 1
+        for length in self.grid.shape(self.spec.size):
+            tokens *= length
+        rows = tokens + int(self.has_cls and self.config.positions_cls)
+        return nn.Parameter(torch.zeros(1, rows, self.width))
+
+    def _check_positions(self, head_dim: int) -> None:
+        axes = self.spec.axes if self.grid is None else self.grid.token_axes
+        if self.config.positions == "sincos":
+            axis_widths(axes, self.width, self.config.position_widths)
+        elif self.config.position_widths:
+            raise UsageError("model.position_widths divides sine-cosine features.", "Set model.positions to sincos.")
+        if self.config.positions == "rotary":
+            rotary_angles(TokenLayout(axes, torch.zeros(1, len(axes))), head_dim, self.config.rope_theta)
+        if self.config.positions == "learned" and self.config.position_units == "physical":
+            raise UsageError("A learned position table counts patches, not lengths.", "Use sincos or rotary.")
+
+    def _positions(self, layout: TokenLayout) -> tuple[Tensor | None, Tensor | None]:
+        """What to add to the patches, (N, D) or (1, N, D) or (B, N, D), and to the class token, (1, 1, D)."""
+        if self.config.positions == "sincos":
+            code = sincos_positions(
+                layout,
+                self.width,
+                physical=self.config.position_units == "physical",
+                scale=self.config.position_scale,
+                widths=self.config.position_widths,
+            )
+            return code.to(self.norm.weight.dtype), None
+        if self.pos_embed is None or self.grid is None:
+            return None, None
+        shape = check_regular(layout)
+        first = int(self.positions_for_cls)
+        table = resample_table(self.pos_embed[:, first:], self.grid.shape(self.spec.size), shape, layout.axes)
+        return table, self.pos_embed[:, :1] if first else None
+
+    def _rotary(self, layout: TokenLayout) -> Rotary | None:
+        if self.config.positions != "rotary":
+            return None
+        angles = rotary_angles(
+            layout,
+            self.width // self.config.size.heads,
+            self.config.rope_theta,
+            physical=self.config.position_units == "physical",
+            scale=self.config.position_scale,
+        )
+        return rotary(angles, self.num_prefix_tokens)
+
+    def _drop_path(self, number: int) -> float:
+        if self.config.drop_path_uniform:
+            return self.config.drop_path
+        return self.config.drop_path * number / max(1, self.depth - 1)
+
+
+def _rows(features: Features, start: int, stop: int) -> Features:
+    """The features of some samples of a batch."""
+
+    def cut(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[start:stop]
+
+    layout = features.layout
+    layout = replace(
+        layout,
+        coords=layout.coords[start:stop] if layout.coords.dim() == 3 else layout.coords,
+        pitch=cut(layout.pitch) if layout.pitch is not None and layout.pitch.dim() == 2 else layout.pitch,
+        valid=cut(layout.valid),
+    )
+    return Features(
+        features.patches[start:stop],
+        layout,
+        cut(features.cls),
+        cut(features.registers),
+        tuple(output[start:stop] for output in features.intermediate),
+    )

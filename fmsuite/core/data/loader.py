@@ -1,0 +1,179 @@
+"""The sample stream and the loader: which sample stands where is a function of the seed, not of who loads it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fmsuite.core.data.pipeline import WindowDataset, collate
+from fmsuite.core.data.sample import Batch, SampleKey
+from fmsuite.core.seeding import derive, permuted
+from fmsuite.errors import FmsuiteError, UsageError
+
+MAX_WORKERS = 16
+
+
+class SampleStream:
+    """An endless stream of samples: epoch after epoch, each in an order of its own.
+
+    Sample ``k = step * batch_size + slot`` is element ``k % length`` of the permutation of epoch ``k // length``, so
+    every window is seen once an epoch, batches run across the ends of epochs, and any step can be the first. A rank
+    gets a contiguous range of slots. Nothing is stored, and nothing depends on workers or ranks.
+
+    Args:
+        length: windows in the index.
+        batch_size: samples in a step, over all ranks.
+        seed: the run's.
+        rank, world_size: this process among those that share the batch.
+
+    Raises:
+        UsageError: if there are no windows, or the batch does not divide among the ranks.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if length < 1:
+            raise UsageError("The index has no windows.", "Make one with `fmsuite tile`, or loosen its filters.")
+        if batch_size % world_size:
+            below, above = batch_size // world_size * world_size, (batch_size // world_size + 1) * world_size
+            options = f"{below} or {above}" if below else str(above)
+            raise UsageError(
+                f"A batch of {batch_size} does not divide among {world_size} processes.",
+                f"Set training.batch_size to a multiple of {world_size}, such as {options}.",
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        share = batch_size // world_size
+        self.slots = range(rank * share, (rank + 1) * share)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch, at least 1."""
+        return max(1, self.length // self.batch_size)
+
+    def keys(self, step: int) -> list[SampleKey]:
+        """This rank's share of a step's batch, in order."""
+        keys = []
+        for slot in self.slots:
+            epoch, position = divmod(step * self.batch_size + slot, self.length)
+            row = permuted(position, self.length, derive(self.seed, epoch))
+            keys.append(SampleKey(epoch, row, step, slot, self.batch_size))
+        return keys
+
+
+def make_loader(
+    dataset: WindowDataset, stream: SampleStream, start_step: int, total_steps: int, workers: int
+) -> Iterable[Batch]:
+    """This rank's batches of the steps from ``start_step`` up to ``total_steps``, in order.
+
+    Args:
+        dataset: the samples.
+        stream: which of them form a batch.
+        start_step: the first step to load.
+        total_steps: the step to stop before.
+        workers: processes that read ahead; 0 reads in this one.
+
+    Raises:
+        FmsuiteError: while iterating, as ``WindowDataset`` does, or if a worker dies.
+    """
+    generator = torch.Generator()
+    # Without a generator of its own, the loader would draw from torch's global one.
+    generator.manual_seed(derive(stream.seed, "loader"))
+    return _Batches(
+        DataLoader(
+            _BatchDataset(dataset),
+            batch_size=None,
+            sampler=_StepSampler(stream, start_step, total_steps),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            generator=generator,
+        )
+    )
+
+
+def default_workers() -> int:
+    """Worker processes for one rank on this machine.
+
+    With a GPU, this rank's share of the cores less one for the process that trains, at most ``MAX_WORKERS``. Without
+    one the training itself needs the cores: a quarter of them read, none below four cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    wanted = share - 1 if torch.cuda.is_available() else share // 4
+    return max(0, min(MAX_WORKERS, wanted))
+
+
+class _StepSampler(Sampler[list[SampleKey]]):
+    """The keys of one step after another. A step is one unit of work, so workers return batches in step order."""
+
+    def __init__(self, stream: SampleStream, start: int, stop: int) -> None:
+        self.stream = stream
+        self.steps = range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return map(self.stream.keys, self.steps)
+
+
+class _Failed:
+    """An error on its way from a worker; torch would turn it into a traceback with another message."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        self.message = message
+        self.hint = hint
+
+
+class _BatchDataset(Dataset):
+    def __init__(self, samples: WindowDataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, keys: list[SampleKey]) -> Batch | _Failed:
+        try:
+            return collate([self.samples[key] for key in keys])
+        except FmsuiteError as error:
+            return _Failed(error.message, error.hint)
+
+
+class _Batches:
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self.loader:
+                if isinstance(batch, _Failed):
+                    raise FmsuiteError(batch.message, batch.hint)
+                yield batch
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker (pid"):
+                raise FmsuiteError(
+                    f"A data worker died ({str(error).splitlines()[0]}), most often because memory ran out.",
+                    "Use fewer with --set training.workers=N; with training.workers=0, an error in the reader shows "
+                    "where it happens.",
+                ) from error
+            raise
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker, and Ctrl-C is the main process's business."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

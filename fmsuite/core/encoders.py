@@ -1,0 +1,437 @@
+"""Any frozen encoder under one interface: a run, a file, a timm model, the Hugging Face hub, a published checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fmsuite
+from fmsuite.core.backbones.base import Backbone, Features
+from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
+from fmsuite.core.backbones.timm_layout import load_equal, to_timm
+from fmsuite.core.backbones.timm_models import open_timm
+from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.backbones.weights import read_checkpoint, recognise
+from fmsuite.core.data.sample import View
+from fmsuite.core.inputs import InputSpec, Normalize
+from fmsuite.errors import FmsuiteError, UsageError
+
+WEIGHTS = "encoder.safetensors"
+DESCRIPTION = "encoder.json"
+HUB = "hf-hub:"
+METADATA_KEY = "fmsuite"
+FORMAT = 1
+POOLINGS = ("cls", "mean", "cls+mean")
+
+
+class Encoder(nn.Module):
+    """A backbone with everything needed to use it on raw values: normalisation, pooling, and where it came from.
+
+    Args:
+        backbone: set to evaluation mode, gradients off.
+        spec: the input that raw values must meet.
+        pooling: ``cls``, ``mean`` or ``cls+mean``.
+        provenance: where it came from, JSON values only.
+
+    Raises:
+        UsageError: for an unknown pooling, or one that needs a class token the backbone does not have.
+    """
+
+    def __init__(self, backbone: Backbone, spec: InputSpec, pooling: str, provenance: Mapping[str, Any]) -> None:
+        super().__init__()
+        _check_pooling(backbone, pooling)
+        self.backbone = backbone
+        self.spec = spec
+        self.pooling = pooling
+        self.provenance = dict(provenance)
+        self.normalize = Normalize(spec)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def dim(self) -> int:
+        """Width of an embedding."""
+        return self.backbone.width * (2 if self.pooling == "cls+mean" else 1)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of weights, shape, input and pooling: equal identities give equal embeddings."""
+        return identity(self.backbone.state_dict(), description(self.backbone, self.spec, self.pooling))
+
+    def normalized(self, pixels: Tensor | View) -> View:
+        """Raw values, alone or as a view, as the backbone takes them."""
+        view = pixels if isinstance(pixels, View) else View(pixels)
+        valid = view.valid
+        if valid is not None and self.spec.bag:
+            valid = valid[..., None]
+        return replace(view, pixels=self.normalize(view.pixels, valid))
+
+    def features(self, view: Tensor | View, layers: Sequence[int] = (), norm_layers: bool = True) -> Features:
+        """Tokens of raw values, (B, C, *size) or (B, N, D); see ``Backbone.forward`` for the layers.
+
+        Raises:
+            UsageError: if the number of channels or axes is not the encoder's.
+        """
+        normal = self.normalized(self._checked(view))
+        return self.backbone(normal, layers=layers, norm_layers=norm_layers)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor | View) -> Tensor:
+        """(B, dim) float32 of raw values, (B, C, *size) or (B, N, D).
+
+        Raises:
+            UsageError: as ``features``.
+        """
+        return self.features(pixels).pooled(self.pooling).float()
+
+    def check_input(self, spec: InputSpec) -> None:
+        """Refuse data that this encoder was not made for.
+
+        Raises:
+            UsageError: listing every difference and the way out.
+        """
+        differences = self.spec.differences(spec)
+        if differences:
+            raise UsageError(
+                f"The encoder's input and the data differ: {'; '.join(differences)}.",
+                "Read the data as the encoder expects it, or choose channels with load_encoder(..., channels=[...]).",
+            )
+
+    def _checked(self, pixels: Tensor | View) -> Tensor | View:
+        tensor = pixels.pixels if isinstance(pixels, View) else pixels
+        dims = 3 if self.spec.bag else 2 + len(self.spec.axes)
+        channels = tensor.shape[-1 if self.spec.bag else 1] if tensor.dim() == dims else -1
+        if channels != self.spec.in_chans:
+            form = (
+                f"(B, N, {self.spec.in_chans})"
+                if self.spec.bag
+                else f"(B, {self.spec.in_chans}, {', '.join(self.spec.axes)})"
+            )
+            raise UsageError(f"The encoder takes {form}, not an array of shape {tuple(tensor.shape)}.")
+        return pixels
+
+
+def load_encoder(
+    what: str | Path,
+    *,
+    channels: Sequence[str] | None = None,
+    heads: int | None = None,
+    spec: InputSpec | None = None,
+    pooling: str | None = None,
+) -> Encoder:
+    """Open an encoder.
+
+    Args:
+        what: a run folder (``encoder.safetensors``); an exported ``.safetensors`` file, which carries its description
+            or has it beside it as ``.json``; ``timm:NAME`` with timm's published weights, ``timm:NAME@FILE`` with those
+            of a file; ``hf-hub:OWNER/NAME``; or a checkpoint of the MAE, DINO, DINOv2 and I-JEPA releases or of a
+            plain ViT, recognised by its keys.
+        channels: use only these of the encoder's channels, in this order; see ``select_channels``.
+        heads: attention heads of a recognised checkpoint, where they are not those of its published size.
+        spec: input of a recognised checkpoint, where it is not 8-bit RGB with ImageNet statistics.
+        pooling: in place of the encoder's own.
+
+    Raises:
+        UsageError: if there is nothing of that name, or an argument does not fit it.
+        FmsuiteError: if a file is damaged or weights cannot be fetched.
+    """
+    text = str(what)
+    if (heads is not None or spec is not None) and (text.startswith((PREFIX, HUB)) or Path(text).is_dir()):
+        raise UsageError(f"{text} describes itself; heads and spec are for original checkpoints.", "Leave them out.")
+    if text.startswith(PREFIX):
+        name, _, file = text.removeprefix(PREFIX).partition("@")
+        encoder = _timm_encoder(name, Path(file) if file else None)
+    elif text.startswith(HUB):
+        encoder = _hub_encoder(text.removeprefix(HUB))
+    else:
+        encoder = _file_encoder(Path(text), heads, spec)
+    if pooling is not None:
+        encoder = Encoder(encoder.backbone, encoder.spec, pooling, encoder.provenance)
+    return encoder if channels is None else select_channels(encoder, channels)
+
+
+def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
+    """The same encoder on some of its channels: ten bands pretrained, six at hand.
+
+    The kernel slices of the named channels are kept and multiplied by (channels before / channels after), so that
+    patches keep their expected magnitude; the others are gone. The given order is the new channel order.
+
+    Raises:
+        UsageError: for an unknown or repeated channel name, or an encoder that is no vision transformer with a single
+            channel group.
+    """
+    known = encoder.spec.channel_names
+    unknown = [name for name in channels if name not in known]
+    if unknown or not channels or len(set(channels)) != len(channels):
+        problem = f"no channel {', '.join(unknown)}" if unknown else "each channel can be named once, and one at least"
+        raise UsageError(f"channels={list(channels)}: {problem}.", f"The encoder's channels: {', '.join(known)}.")
+    old = encoder.backbone
+    if not isinstance(old, VisionTransformer) or old.grid is None:
+        raise UsageError(f"Channels of a {type(old).__name__} over {encoder.spec.axes} cannot be selected.")
+    if len(encoder.spec.groups) > 1:
+        raise UsageError(
+            "This encoder has channel groups, each with tokens of its own.",
+            "Give all channels and mark the missing ones as invalid (View.valid).",
+        )
+    picked = [known.index(name) for name in channels]
+    new_spec = encoder.spec.model_copy(update={"channels": tuple(encoder.spec.channels[i] for i in picked)})
+    backbone_spec = old.spec.model_copy(update={"channels": new_spec.channels})
+    backbone = VisionTransformer(old.config, backbone_spec)
+    state = old.state_dict()
+    kernel = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = kernel[:, picked] * (len(known) / len(picked))
+    backbone.load_state_dict(state)
+    provenance = {**encoder.provenance, "channels_selected": list(channels), "channels_before": list(known)}
+    return Encoder(backbone, new_spec, encoder.pooling, provenance)
+
+
+def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, Any]:
+    """What has to be known beside the weights, as JSON values."""
+    if not isinstance(backbone, VisionTransformer | TimmBackbone):
+        raise UsageError(f"A {type(backbone).__name__} cannot be saved as an encoder.")
+    model = backbone.config.model_copy(update={"weights": None, "input_size": None})
+    return {
+        "format": FORMAT,
+        "model": model.model_dump(mode="json", exclude_defaults=True) | {"name": model.name},
+        "input": spec.model_dump(mode="json"),
+        "pooling": pooling,
+    }
+
+
+def identity(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
+    """BLAKE2b over the description and every tensor (name, dtype, shape, bytes); 32 hexadecimal digits."""
+    digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"\0{key}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_encoder(
+    folder: str | Path, backbone: Backbone, spec: InputSpec, pooling: str, provenance: Mapping[str, Any]
+) -> Path:
+    """Write ``encoder.safetensors`` and ``encoder.json`` into a folder; each appears whole or not at all.
+
+    The weights file carries the description too, so that it can be moved alone; ``encoder.json`` is the same for
+    people and other tools.
+
+    Args:
+        folder: made if missing.
+        backbone: a ``VisionTransformer`` or ``TimmBackbone``.
+        spec: the input, with the normalisation that was used. Its size is replaced by the backbone's.
+        pooling: how tokens become one vector.
+        provenance: JSON values.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        UsageError: if ``spec`` is not the backbone's input (another size aside), or the backbone is of another kind.
+        FmsuiteError: if the files cannot be written.
+    """
+    folder = Path(folder)
+    differences = backbone.spec.differences(spec.model_copy(update={"spacing": backbone.spec.spacing}))
+    if differences:
+        raise UsageError(f"{folder}: the backbone's input is another: {'; '.join(differences)}.")
+    if spec.size != backbone.spec.size:
+        spec = spec.model_copy(update={"size": backbone.spec.size, "spacing": backbone.spec.spacing})
+    _check_pooling(backbone, pooling)
+    state = _contiguous(backbone.state_dict())
+    described = {**description(backbone, spec, pooling), "layout": "native"}
+    described["identity"] = identity(state, description(backbone, spec, pooling))
+    described["provenance"] = {"fmsuite": fmsuite.__version__, **provenance}
+    return _write(folder / WEIGHTS, folder / DESCRIPTION, state, described)
+
+
+def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "native"] = "timm") -> Path:
+    """Write an encoder as one ``.safetensors`` file, with its description in the metadata and beside it as ``.json``.
+
+    ``timm`` uses timm's names and nothing else: ``timm.create_model(name, **arguments, checkpoint_path=path)`` loads
+    the file with the name and arguments that the description suggests under ``timm``. ``native`` keeps this package's
+    own, for inputs and positions that timm does not have. ``load_encoder`` opens both.
+
+    Raises:
+        UsageError: naming why timm cannot hold the encoder; for a path without ``.safetensors``.
+        FmsuiteError: if the files cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: an exported encoder is a .safetensors file.", "Give it that suffix.")
+    backbone, spec = encoder.backbone, encoder.spec
+    described = {**description(backbone, spec, encoder.pooling), "identity": encoder.identity}
+    described["provenance"] = {"fmsuite": fmsuite.__version__, **encoder.provenance}
+    described["layout"] = layout
+    if layout == "native":
+        state = backbone.state_dict()
+    elif isinstance(backbone, TimmBackbone):
+        state = backbone.model.state_dict()
+        described["timm"] = {
+            "name": backbone.config.name.removeprefix(PREFIX),
+            "arguments": {"num_classes": 0, "in_chans": spec.in_chans},
+            **_timm_data(spec),
+        }
+    else:
+        assert isinstance(backbone, VisionTransformer)
+        form = to_timm(backbone, encoder.pooling)
+        state = form.state
+        described["model"] = form.config.model_dump(mode="json", exclude_defaults=True) | {"name": form.config.name}
+        described["model"].pop("input_size", None)
+        described["timm"] = {"name": form.name, "arguments": form.arguments, **_timm_data(spec)}
+        described["left_out"] = ["mask_token"]
+        described["folded"] = list(form.folded)
+    return _write(path, path.with_suffix(".json"), _contiguous(state), described)
+
+
+def _timm_data(spec: InputSpec) -> dict[str, Any]:
+    """timm's data configuration, where its convention (values from 0 to 1 of 8-bit images) holds."""
+    if spec.offset != 0.0 or spec.clip is not None or abs(spec.scale * 255 - 1) > 1e-6:
+        return {}
+    mean, std = [c.mean for c in spec.channels], [c.std for c in spec.channels]
+    return {"data": {"input_size": [spec.in_chans, *spec.size], "mean": mean, "std": std}}
+
+
+def _check_pooling(backbone: Backbone, pooling: str) -> None:
+    if pooling not in POOLINGS:
+        raise UsageError(f"There is no pooling '{pooling}'.", f"Use one of {', '.join(POOLINGS)}.")
+    if pooling != "mean" and not backbone.has_cls:
+        raise UsageError(f"Pooling '{pooling}' needs a class token and this backbone has none.", "Use mean.")
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+
+def _write(weights: Path, beside: Path, state: dict[str, Tensor], described: Mapping[str, Any]) -> Path:
+    """Both files under temporary names first: a crash or a full disk leaves what was there before."""
+    text = json.dumps(described, indent=2, ensure_ascii=False)
+    partial, partial_json = (path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (weights, beside))
+    try:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, partial, metadata={"format": "pt", METADATA_KEY: text})
+        partial_json.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, weights)
+        os.replace(partial_json, beside)
+    except (OSError, SafetensorError) as error:
+        raise FmsuiteError(
+            f"{weights}: cannot be written ({error}).", "Check the folder and the free space."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_json.unlink(missing_ok=True)
+    return weights
+
+
+def _file_encoder(path: Path, heads: int | None, spec: InputSpec | None) -> Encoder:
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise UsageError(f"{path}: this folder holds no {WEIGHTS}.", "Is it a run folder, and has its run ended?")
+        path = path / WEIGHTS
+    if not path.is_file():
+        raise UsageError(
+            f"There is no encoder '{path}'.",
+            f"Give a run folder, a weight file, {PREFIX}NAME or {HUB}OWNER/NAME.",
+        )
+    described = _read_description(path)
+    if described is not None:
+        if heads is not None or spec is not None:
+            raise UsageError(
+                f"{path} describes itself; heads and spec are for original checkpoints.", "Leave them out."
+            )
+        return _described_encoder(path, described)
+    found = recognise(read_checkpoint(path), str(path), heads=heads, spec=spec)
+    backbone = VisionTransformer(found.config, found.spec)
+    missing = load_equal(backbone, found.state, str(path))
+    return Encoder(backbone, found.spec, found.pooling, {**found.notes, "not_in_file": missing})
+
+
+def _read_description(path: Path) -> dict[str, Any] | None:
+    """The description in a file's metadata, or beside it; ``None`` if it has none and is a foreign checkpoint."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise FmsuiteError(f"{path}: not a readable safetensors file ({error}).") from error
+    beside = path.with_suffix(".json")
+    origin = path
+    if text is None and beside.is_file():
+        text, origin = beside.read_text(encoding="utf-8"), beside
+    if text is None:
+        return None
+    try:
+        described = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FmsuiteError(f"{origin}: the description is not valid JSON ({error}).") from error
+    if not isinstance(described, dict) or not {"format", "model", "input", "pooling"} <= described.keys():
+        if origin == beside:
+            return None
+        raise FmsuiteError(f"{origin}: the description lacks format, model, input or pooling.")
+    if described["format"] != FORMAT:
+        raise FmsuiteError(
+            f"{origin}: has format {described['format']}; this version reads {FORMAT}.", "Update fmsuite."
+        )
+    return described
+
+
+def _described_encoder(path: Path, described: Mapping[str, Any]) -> Encoder:
+    try:
+        config = ModelConfig.model_validate(described["model"])
+        spec = InputSpec.model_validate(described["input"])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise FmsuiteError(f"{path}: its description cannot be used: {place}: {problem['msg']}.") from error
+    backbone = build_backbone(config, spec)
+    state = read_checkpoint(path)
+    if isinstance(backbone, TimmBackbone) and described.get("layout") == "timm":
+        state = {f"model.{key}": value for key, value in state.items()}
+    provenance = {**described.get("provenance", {}), "file": str(path)}
+    if isinstance(backbone, VisionTransformer):
+        provenance["not_in_file"] = load_equal(backbone, state, str(path))
+    else:
+        try:
+            backbone.load_state_dict(state)
+        except RuntimeError as error:
+            raise FmsuiteError(f"{path}: the weights do not fit {config.name}: {error}.") from error
+    return Encoder(backbone, spec, described["pooling"], provenance)
+
+
+def _timm_encoder(name: str, file: Path | None) -> Encoder:
+    backbone, notes = open_timm(name, file)
+    return Encoder(backbone, backbone.spec, backbone.own_pooling, notes)
+
+
+def _hub_encoder(repository: str) -> Encoder:
+    """An encoder that this package saved, or a timm model, from the Hugging Face hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _file_encoder(Path(hf_hub_download(repository, WEIGHTS)), None, None)
+    except LocalEntryNotFoundError as error:
+        raise FmsuiteError(
+            f"{HUB}{repository}: the Hugging Face hub cannot be reached.",
+            f"Fetch the weights on a machine with network access and give the file ({PREFIX}NAME@FILE for a timm "
+            "model), or point HF_HOME to a cache that holds them.",
+        ) from error
+    except EntryNotFoundError:
+        return _timm_encoder(HUB + repository, None)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FmsuiteError(f"{HUB}{repository}: {reason}.", "Check the name, and log in if it is gated.") from error

@@ -1,0 +1,52 @@
+"""DINO (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers")."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.data.sample import Batch
+from fmsuite.core.objectives.base import ObjectiveConfig, StepContext, register
+from fmsuite.core.objectives.self_distillation import SelfDistillation, SelfDistillationConfig, other_views_loss
+from fmsuite.core.objectives.sinkhorn import Centre
+
+
+class DINOConfig(SelfDistillationConfig):
+    """The options of ``SelfDistillationConfig``, with DINO's defaults."""
+
+
+@register
+class DINO(SelfDistillation):
+    """Match the teacher's assignment of one view from every other view.
+
+    With teacher logits t, student logits s and the centre c,
+    ``loss = mean over views v != u of H(softmax((t_v - c) / tau_t), softmax(s_u / tau_s))``, v over the two global
+    crops and u over all crops (equations 1 to 3); c is a moving average of the teacher's mean logits, updated after
+    the step (equation 4).
+    """
+
+    name: ClassVar[str] = "dino"
+    Config: ClassVar[type[ObjectiveConfig]] = DINOConfig
+    config: DINOConfig
+
+    def __init__(self, config: DINOConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.centre = Centre(config.prototypes, config.center_momentum)
+
+    def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        crops = self.encode(batch)
+        with torch.no_grad():
+            logits = self.teacher_head(crops.teacher)
+            targets = self.centre.assign(logits, self.teacher_temperature(context))
+            if self.training:
+                seen = logits[crops.usable[:2]]
+                self.centre.observe(seen.sum(0), len(seen))
+        student = self.head(crops.student)
+        return {"loss": other_views_loss(student, targets, self.config.student_temperature, crops.usable)}
+
+    def after_update(self, context: StepContext) -> None:
+        super().after_update(context)
+        self.centre.update()

@@ -1,0 +1,90 @@
+"""DINOv2 (Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision")."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.data.sample import MaskSampler
+from fmsuite.core.masking import SpreadBlockMasking
+from fmsuite.core.objectives.base import ObjectiveConfig, StepContext, register
+from fmsuite.core.objectives.heads import DINOHead
+from fmsuite.core.objectives.ibot import MaskedDistillation, MaskedDistillationConfig
+from fmsuite.core.objectives.koleo import koleo
+from fmsuite.core.objectives.self_distillation import Crops
+from fmsuite.core.objectives.sinkhorn import Centre, sinkhorn
+
+
+class DINOv2Config(MaskedDistillationConfig):
+    """
+    Attributes:
+        centering: ``centre`` (running mean), or ``sinkhorn`` as in the published large models.
+        sinkhorn_iterations: scalings of rows and columns.
+        koleo_weight: of the KoLeo term of each global view; 0 leaves it out.
+    """
+
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    momentum: float = Field(default=0.992, ge=0, le=1)
+    centering: Literal["centre", "sinkhorn"] = "centre"
+    sinkhorn_iterations: int = Field(default=3, ge=1)
+    koleo_weight: float = Field(default=0.1, ge=0)
+
+
+@register
+class DINOv2(MaskedDistillation):
+    """The class term of DINO, the patch term of iBOT, and KoLeo (section 4).
+
+    ``loss = L_class + L_patch + 0.1 * sum over the two global views of KoLeo(class token before the head)``.
+    Assignments are centred by a moving average, over the masked tokens for patches, or balanced by Sinkhorn-Knopp over
+    the global batch (both views together). ``L_patch`` is the sum over masked tokens, each divided by its crop's
+    masked count, divided by the number of all global crops; ratios are spread evenly over the batch.
+    """
+
+    name: ClassVar[str] = "dinov2"
+    Config: ClassVar[type[ObjectiveConfig]] = DINOv2Config
+    config: DINOv2Config
+
+    def __init__(self, config: DINOv2Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.centre: Centre | None = None
+        self.patch_centre: Centre | None = None
+        if config.centering == "centre":
+            self.centre = Centre(config.prototypes, config.center_momentum)
+            self.patch_centre = Centre(self.patch_prototypes, config.center_momentum)
+
+    def mask_sampler(self) -> MaskSampler:
+        return SpreadBlockMasking(self.config.mask_share, self.config.mask_ratio, alike=self.config.alike)
+
+    def class_targets(self, logits: Tensor, usable: Tensor, context: StepContext) -> Tensor:
+        targets = torch.zeros_like(logits, dtype=torch.float32)
+        targets[usable] = self._assign(self.centre, logits[usable], context)
+        return targets
+
+    def patch_targets(self, logits: Tensor, crops: Crops, head: DINOHead, context: StepContext) -> Tensor:
+        return self._assign(self.patch_centre, logits, context)
+
+    def _assign(self, centre: Centre | None, logits: Tensor, context: StepContext) -> Tensor:
+        """(R, K) logits of what counts to probabilities."""
+        temperature = self.teacher_temperature(context)
+        if centre is None:
+            return sinkhorn(logits, temperature, self.config.sinkhorn_iterations)
+        if self.training:
+            centre.observe(logits.sum(0), len(logits))
+        return centre.assign(logits, temperature)
+
+    def regularisation(self, crops: Crops) -> dict[str, Tensor]:
+        if self.config.koleo_weight == 0:
+            return {}
+        views = [koleo(crops.student[view], crops.usable[view]) for view in range(2)]
+        return {"koleo": self.config.koleo_weight * torch.stack(views).sum()}
+
+    def after_update(self, context: StepContext) -> None:
+        super().after_update(context)
+        for centre in (self.centre, self.patch_centre):
+            if centre is not None:
+                centre.update()

@@ -1,0 +1,474 @@
+"""The training loop: one optimiser step, and what happens around it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.config import RunConfig
+from fmsuite.core.data.sample import Batch, SkippedWindow, View
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.distributed import (
+    active,
+    all_mean,
+    all_sum,
+    from_main,
+    gather_objects,
+    is_main,
+    process_group,
+    rank,
+    world_size,
+)
+from fmsuite.core.inputs import InputSpec, Normalize
+from fmsuite.core.objectives.base import Objective, StepContext
+from fmsuite.core.seeding import derive
+from fmsuite.core.training.checkpoint import (
+    Checkpoint,
+    Plan,
+    check_same_run,
+    checkpoint_path,
+    find_latest,
+    list_checkpoints,
+    load_checkpoint,
+    plain_config,
+    save_checkpoint,
+)
+from fmsuite.core.training.interrupt import Interrupt
+from fmsuite.core.training.metrics import MetricsLog, read_metrics
+from fmsuite.core.training.monitor import Monitor, ProbeSet
+from fmsuite.core.training.optim import (
+    OptimSchedules,
+    apply_schedules,
+    clip_gradients,
+    describe_groups,
+    make_optimizer,
+)
+from fmsuite.core.training.precision import autocast, choose_device, choose_precision
+from fmsuite.core.training.progress import LINE_EVERY_S, ProgressReport, silent
+from fmsuite.core.training.run_folder import RunFolder
+from fmsuite.errors import FmsuiteError, UsageError
+
+__all__ = ["RunFolder", "TrainResult", "train"]
+
+logger = logging.getLogger("fmsuite")
+
+MIN_DRAWS = 100
+"""``training.max_skipped`` is a share of at least this many windows, so that one bad window in the first batch does
+not stop a run."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimiser steps taken since its beginning.
+        interrupted: it was asked to stop (Ctrl-C, SIGTERM) before its end, and can be resumed.
+        checkpoint: of that step.
+        metrics: the last values logged; empty if no step was taken.
+    """
+
+    step: int
+    interrupted: bool
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+def train(
+    objective: Objective,
+    loader: Callable[[int], Iterable[Batch]],
+    config: RunConfig,
+    spec: InputSpec,
+    run: RunFolder,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    skipped: SkippedLog,
+    probe: ProbeSet | None = None,
+    resume: bool = False,
+    report: ProgressReport = silent,
+) -> TrainResult:
+    """Train an objective to its last step, or until asked to stop.
+
+    In a single process, or in each process that torchrun starts (DDP). On one CPU a run that was stopped and resumed,
+    however it was stopped, gives the numbers of an uninterrupted one bit for bit.
+
+    Args:
+        objective: on the CPU, equal on all ranks; it ends on the device.
+        loader: this rank's batches of raw pixels from a step on.
+        spec: how to normalise them.
+        run: where checkpoints and metrics go.
+        total_steps, steps_per_epoch: the frame of all schedules.
+        skipped: gets the windows that the loader replaced, of all ranks.
+        probe: windows to monitor; looked at on rank 0.
+        resume: continue from the newest readable checkpoint; from the beginning if there is none yet.
+        report: shows progress (on rank 0).
+
+    Raises:
+        UsageError: if the configuration asks for what device, backbone, batch or checkpoint do not allow.
+        FmsuiteError: if a loss is not finite, too many windows cannot be read, or the disk is full. The last checkpoint
+            stays usable.
+    """
+    device = choose_device(config.training.device)
+    with process_group(device), Interrupt() as interrupt:
+        trainer = _Trainer(objective, config, spec, run, Plan(total_steps, steps_per_epoch), skipped, device, interrupt)
+        start = trainer.restore(resume)
+        return trainer.run_steps(loader, start, probe, report if is_main() else silent)
+
+
+@dataclass
+class _Taken:
+    """A step that was taken.
+
+    Attributes:
+        done: steps taken, this one included.
+        values: losses and gradient norm of this rank, () tensors on the device.
+        flags: (2,) over all ranks: how many have a value that is not finite, how many were asked to stop.
+    """
+
+    done: int
+    values: dict[str, Tensor]
+    flags: Tensor
+    lr: float
+    weight_decay: float
+
+
+class _Trainer:
+    def __init__(
+        self,
+        objective: Objective,
+        config: RunConfig,
+        spec: InputSpec,
+        run: RunFolder,
+        plan: Plan,
+        skipped: SkippedLog,
+        device: torch.device,
+        interrupt: Interrupt,
+    ) -> None:
+        self.config, self.training, self.run, self.plan = config, config.training, run, plan
+        self.skipped, self.device, self.interrupt = skipped, device, interrupt
+        self.precision = choose_precision(self.training.precision, device)
+        _check_batch(self.training.batch_size, self.training.accumulate)
+        _set_up_backbones(objective, self.training.compile, self.training.activation_checkpointing)
+        self.schedules = OptimSchedules.build(
+            config.optim, self.training.batch_size, plan.total_steps, plan.steps_per_epoch
+        )
+        self.objective = objective.to(device).train()
+        self.normalize = Normalize(spec).to(device)
+        self.optimizer = make_optimizer(config.optim, objective)
+        self.unreported: list[SkippedWindow] = []
+        self.draws = self.all_draws = self.all_skips = 0
+
+    def restore(self, resume: bool) -> int:
+        """Load the newest checkpoint; returns the steps it has taken."""
+        if not resume:
+            if list_checkpoints(self.run.checkpoints):
+                raise UsageError(
+                    f"{self.run.path}: there is a run in this folder already.",
+                    "Continue it with --resume, or choose another folder with --out.",
+                )
+            return 0
+        checkpoint = find_latest(self.run.checkpoints) if is_main() else None
+        start = from_main(None if checkpoint is None else checkpoint.step)
+        if start is None:
+            logger.info("There is no checkpoint yet, so the run starts from the beginning.")
+            return 0
+        checkpoint = checkpoint or load_checkpoint(checkpoint_path(self.run.checkpoints, start))
+        check_same_run(checkpoint, self.config, self.plan)
+        self.objective.load_state_dict(checkpoint.objective)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        logger.info("Resuming after step %d of %d.", start, self.plan.total_steps)
+        return start
+
+    def run_steps(
+        self, loader: Callable[[int], Iterable[Batch]], start: int, probe: ProbeSet | None, report: ProgressReport
+    ) -> TrainResult:
+        total, training, every = self.plan.total_steps, self.training, self.config.monitor.every
+        model = _data_parallel(self.objective) if active() else self.objective
+        logger.info("%s on %s, %d rank(s).", self.precision, self.device, world_size())
+        logger.debug("Parameter groups:\n%s", describe_groups(self.optimizer))
+        done, interrupted, last = start, False, dict[str, float]()
+        previous: _Taken | None = None
+        with ExitStack() as stack:
+            log, monitor = self._open_log(stack, start), self._monitor(probe)
+            if monitor is not None and start == 0:
+                self._look(monitor, log, 0)
+            batches = _closing(stack, loader(start)) if start < total else iter(())
+            clock = _Clock(training.batch_size)
+            for step in _closing(stack, report(range(start, total), total - start, "training")):
+                batch = clock.next_batch(batches, step)
+                taken = self.step(model, batch, step)
+                done = step + 1
+                logs = done in (1, total) or done % training.log_every == 0
+                looks = every > 0 and (done == total or done % every == 0)
+                saves = done == total or done % training.checkpoint_every == 0
+                # Elsewhere a GPU's outcomes are read one step late, so that the GPU never waits for the host.
+                settled = taken if logs or looks or saves or self.device.type == "cpu" else previous
+                previous = taken
+                interrupted = settled is not None and self._asked_to_stop(settled) and done < total
+                if interrupted:
+                    self._asked_to_stop(taken)
+                if logs or interrupted:
+                    last = self._log(log, taken, clock)
+                if logs or saves or interrupted:
+                    self._report_skipped()
+                if looks and monitor is not None:
+                    self._look(monitor, log, done)
+                if saves or interrupted:
+                    self._save(done)
+                if interrupted:
+                    break
+        if start == total:
+            logger.info("The run is complete: all %d steps were taken before.", total)
+        return TrainResult(done, interrupted, checkpoint_path(self.run.checkpoints, done), last)
+
+    def step(self, model: nn.Module, batch: Batch, step: int) -> _Taken:
+        """One optimiser step: schedules, gradients of every micro-batch, clipping, update."""
+        plan, optim = self.plan, self.config.optim
+        context = StepContext(step, plan.total_steps, plan.steps_per_epoch, self.training.batch_size)
+        # Randomness inside the network is a function of the step, so a resumed run draws what it would have drawn.
+        torch.manual_seed(derive(self.config.seed, "step", step, rank()))
+        lr, weight_decay = self.schedules.lr(step), self.schedules.weight_decay(step)
+        apply_schedules(self.optimizer, lr, weight_decay)
+
+        values: dict[str, Tensor] = {}
+        parts = split_batch(batch, self.training.accumulate)
+        for number, part in enumerate(parts, start=1):
+            # Gradients travel between ranks once, with the last micro-batch.
+            with _no_sync(model, skip=number == len(parts)):
+                with autocast(self.precision, self.device):
+                    losses = model(self.prepare_batch(part), context)
+                (losses["loss"] / len(parts)).backward()
+            for name, loss in losses.items():
+                values[name] = values.get(name, 0.0) + loss.detach().float() / len(parts)
+
+        self.objective.before_update(context)
+        values["grad_norm"] = clip_gradients(self.objective.parameters(), optim.clip_grad, optim.clip_per_parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_update(context)
+
+        self.unreported += batch.skipped
+        self.draws += len(batch)
+        broken = ~torch.stack(list(values.values())).isfinite().all()
+        asked = torch.tensor(self.interrupt.requested).to(self.device, non_blocking=True)
+        flags = all_sum(torch.stack([broken, asked]).float())
+        return _Taken(step + 1, values, flags, lr, weight_decay)
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """On the device, with normalised views."""
+        indices, labels = (t.to(self.device, non_blocking=True) for t in (batch.indices, batch.labels))
+        return Batch(batch.map_views(self.prepare_view).views, indices, labels, batch.skipped)
+
+    def prepare_view(self, view: View) -> View:
+        view = view.to(self.device)
+        valid = view.valid
+        if valid is not None and self.normalize.spec.bag:
+            valid = valid[..., None]
+        return replace(view, pixels=self.normalize(view.pixels, valid))
+
+    def _asked_to_stop(self, taken: _Taken) -> bool:
+        """Whether any rank was asked to stop by then.
+
+        Raises:
+            FmsuiteError: if a loss or a gradient of that step is not finite on any rank.
+        """
+        broken, asked = taken.flags.tolist()
+        if not broken:
+            return asked > 0
+        bad = [f"{name} is {value.item()}" for name, value in taken.values.items() if not value.isfinite()]
+        saved = list_checkpoints(self.run.checkpoints)
+        kept = f"{saved[0]} is intact." if saved else "No checkpoint had been written yet."
+        precision = ", set training.precision=float32" if self.precision != "float32" else ""
+        raise FmsuiteError(
+            f"Training broke down at step {taken.done}: {', '.join(bad) or 'a value on another rank is not finite'}.",
+            f"{kept} Lower optim.lr, lengthen optim.warmup, lower optim.clip_grad{precision}, "
+            "and look for extreme values in the data (views.png).",
+        )
+
+    def _open_log(self, stack: ExitStack, start: int) -> MetricsLog | None:
+        if not is_main():
+            return None
+        log = MetricsLog(self.run.metrics_path, self.run.tensorboard, start)
+        stack.callback(log.close)
+        self._said = float("-inf")
+        return log
+
+    def _log(self, log: MetricsLog | None, taken: _Taken, clock: _Clock) -> dict[str, float]:
+        """One line of metrics; losses are means over ranks."""
+        means = all_mean(torch.stack(list(taken.values.values()))).tolist()
+        line = {name if name in ("loss", "grad_norm") else f"loss/{name}": v for name, v in zip(taken.values, means)}
+        line |= {"lr": taken.lr, "weight_decay": taken.weight_decay, **clock.lap()}
+        if log is not None:
+            log.write(taken.done, line)
+            if time.monotonic() - self._said >= LINE_EVERY_S:
+                self._said = time.monotonic()
+                logger.info(
+                    "step %d of %d: loss %.4f, lr %.2e, gradient norm %.2f, %.1f samples/s, %.0f%% waiting for data",
+                    taken.done,
+                    self.plan.total_steps,
+                    line["loss"],
+                    taken.lr,
+                    line["grad_norm"],
+                    line["samples_per_second"],
+                    100 * line["data_wait"],
+                )
+        return line
+
+    def _monitor(self, probe: ProbeSet | None) -> Monitor | None:
+        if probe is None or not self.config.monitor.every or not is_main():
+            return None
+        begun = next((m for m in read_metrics(self.run.metrics_path) if "features/rankme" in m), None)
+        start = None if begun is None else (begun["features/rankme"], begun["features/std"])
+        return Monitor(probe, self.config.monitor.knn_k, start)
+
+    def _look(self, monitor: Monitor, log: MetricsLog | None, done: int) -> None:
+        with autocast(self.precision, self.device):
+            found = monitor.look(self.objective, self.prepare_view, done)
+        if log is not None:
+            log.write(done, found.metrics())
+
+    def _save(self, done: int) -> None:
+        """Rank 0 writes; a failure is raised on every rank."""
+        failure: FmsuiteError | None = None
+        if is_main():
+            state = Checkpoint(
+                done, plain_config(self.config), self.plan, self.objective.state_dict(), self.optimizer.state_dict()
+            )
+            try:
+                save_checkpoint(self.run.checkpoints, state, self.training.keep_checkpoints)
+            except FmsuiteError as error:
+                failure = error
+        failure = from_main(failure)
+        if failure is not None:
+            raise failure
+
+    def _report_skipped(self) -> None:
+        """Put every rank's replaced windows on record.
+
+        Raises:
+            FmsuiteError: in strict mode, or when they are too many.
+        """
+        gathered = gather_objects((self.draws, self.unreported))
+        self.unreported, self.draws = [], 0
+        for draws, windows in gathered:
+            self.all_draws += draws + len(windows)
+            self.all_skips += len(windows)
+            for window in windows:
+                if is_main() or self.skipped.strict:
+                    self.skipped.add(window.source, window.stage, window.reason)
+        if self.all_skips > self.training.max_skipped * max(self.all_draws, MIN_DRAWS):
+            where = f" See {self.skipped.path}." if self.skipped.path is not None else ""
+            raise FmsuiteError(
+                f"{self.all_skips} of {self.all_draws} windows could not be read, more than training.max_skipped = "
+                f"{self.training.max_skipped:g} allows.{where}",
+                "Repair or remove those sources, or raise training.max_skipped.",
+            )
+
+
+class _Clock:
+    """Measures throughput and how long the loop stood waiting for data, between one line of metrics and the next."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._begin()
+
+    def _begin(self) -> None:
+        self.started, self.waited, self.batches = time.monotonic(), 0.0, 0
+
+    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
+        before = time.monotonic()
+        try:
+            batch = next(batches)
+        except StopIteration as error:
+            raise FmsuiteError(f"The data ended at step {step}, before the end of the run.") from error
+        self.waited += time.monotonic() - before
+        self.batches += 1
+        return batch
+
+    def lap(self) -> dict[str, float]:
+        """Samples a second over all ranks, and the share of the time spent waiting on this one, since the last lap."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        line = {"samples_per_second": self.batches * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
+        self._begin()
+        return line
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Micro-batches of equal size, in order.
+
+    Raises:
+        FmsuiteError: if the batch cannot be divided so.
+    """
+    if parts == 1:
+        return [batch]
+    if len(batch) % parts:
+        raise FmsuiteError(f"A batch of {len(batch)} samples cannot be divided into {parts} micro-batches.")
+    size = len(batch) // parts
+    pieces = []
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        views = {name: [view[rows] for view in group] for name, group in batch.views.items()}
+        pieces.append(Batch(views, batch.indices[rows], batch.labels[rows]))
+    return pieces
+
+
+def _data_parallel(objective: Objective) -> DistributedDataParallel:
+    """DDP that starts from rank 0's parameters and buffers. Buffers (centres, say) are then equal on all ranks without
+    being sent at each forward, and parameters that a batch does not use are allowed."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(objective, find_unused_parameters=True, **{buffers: False})  # type: ignore[arg-type]
+
+
+def _no_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
+    if skip or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def _check_batch(batch_size: int, accumulate: int) -> None:
+    if batch_size % (world_size() * accumulate):
+        raise UsageError(
+            f"training.batch_size {batch_size} cannot be divided over {world_size()} rank(s) and "
+            f"training.accumulate {accumulate}.",
+            f"Use a multiple of {world_size() * accumulate}.",
+        )
+
+
+def _set_up_backbones(objective: Objective, compile_blocks: bool, checkpointing: bool) -> None:
+    """Compile every backbone's blocks (a teacher's too); recompute activations in those that are trained."""
+    backbones = [module for module in objective.modules() if isinstance(module, Backbone)]
+    trained = [backbone for backbone in backbones if any(p.requires_grad for p in backbone.parameters())]
+    if checkpointing:
+        for backbone in trained:
+            _method(backbone, "set_activation_checkpointing", "training.activation_checkpointing")(True)
+    if compile_blocks:
+        for backbone in backbones:
+            _method(backbone, "compile_blocks", "training.compile")()
+
+
+def _method(backbone: Backbone, name: str, key: str) -> Callable:
+    method = getattr(backbone, name, None)
+    if method is None:
+        raise UsageError(f"{type(backbone).__name__} does not support {key}.", f"Set {key}=false.")
+    return method
+
+
+def _closing(stack: ExitStack, items: Iterable) -> Iterator:
+    """An iterator that is closed with the stack, if it can be: progress bars and loaders end before an error shows."""
+    iterator = iter(items)
+    close = getattr(iterator, "close", None)
+    if close is not None:
+        stack.callback(close)
+    return iterator

@@ -1,0 +1,154 @@
+"""A run's folder: what lies where, and the facts needed to repeat the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmsuite import __version__
+from fmsuite.core.config import RunConfig
+from fmsuite.core.data.skipped import FILE_NAME as SKIPPED_NAME
+from fmsuite.core.distributed import world_size
+from fmsuite.core.training.checkpoint import list_checkpoints
+from fmsuite.errors import UsageError
+
+_PACKAGES = ("timm", "numpy", "zarr", "pyarrow", "pydantic", "monai", "albumentations", "rasterio")
+
+
+class RunFolder:
+    """Paths in a run's folder.
+
+    Args:
+        path: the folder; made when something is written to it.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def facts_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def views_path(self) -> Path:
+        return self.path / "views.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder_path(self) -> Path:
+        return self.path / "encoder.safetensors"
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / "index.parquet"
+
+    @property
+    def skipped_path(self) -> Path:
+        return self.path / SKIPPED_NAME
+
+    def refuse_if_begun(self) -> None:
+        """
+        Raises:
+            UsageError: if a run has left checkpoints or metrics here.
+        """
+        if list_checkpoints(self.checkpoints) or self.metrics_path.exists():
+            raise UsageError(
+                f"{self.path}: there is a run in this folder already.",
+                "Continue it with --resume, or choose another folder with --out.",
+            )
+
+    def begin(
+        self, config: RunConfig, index_hash: str, command: Sequence[str] | None = None, resume: bool = False
+    ) -> None:
+        """Write ``config.yaml`` and ``run.json``; a resumed run adds a session to the latter.
+
+        Args:
+            index_hash: ``SampleIndex.hash`` of the windows trained on.
+            command: the command line; this process's own by default.
+
+        Raises:
+            UsageError: if a run is here and ``resume`` is False, or if it was begun on another index.
+        """
+        if not resume:
+            self.refuse_if_begun()
+        facts = self.facts() if resume else {}
+        before = facts.get("index_hash", index_hash)
+        if before != index_hash:
+            raise UsageError(
+                f"{self.path}: the run was begun on another index ({before}, now {index_hash}).",
+                "Resume on the original data, or start a new run in another folder.",
+            )
+        session = {
+            "command": list(sys.argv if command is None else command),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "ranks": world_size(),
+            "versions": {"fmsuite": __version__, "torch": torch.__version__, **_versions()},
+        }
+        facts = {
+            "seed": config.seed,
+            "index_hash": index_hash,
+            "sessions": [*facts.get("sessions", []), session],
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace_text(self.config_path, config.to_yaml())
+        _replace_text(self.facts_path, json.dumps(facts, indent=2) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """``run.json``: seed, index hash, and a session for each time that the run was started; empty if not begun.
+
+        Raises:
+            UsageError: if the file is damaged.
+        """
+        if not self.facts_path.exists():
+            return {}
+        try:
+            return json.loads(self.facts_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(
+                f"{self.facts_path}: not valid JSON ({error}).", "Remove it to go on without it."
+            ) from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

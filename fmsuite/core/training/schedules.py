@@ -1,0 +1,100 @@
+"""Schedules: pure functions of the optimiser step, so that nothing about them is saved or restored."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fmsuite.core.objectives.base import Schedule
+from fmsuite.core.training.config import Duration, TrainingConfig
+from fmsuite.errors import UsageError
+
+_WITH_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|epochs?|%)\s*")
+
+
+def resolve(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
+    """A duration in optimiser steps.
+
+    Args:
+        duration: steps (``500``), passes over the data (``"10ep"``) or a share of the run (``"10%"``); fractions of
+            passes and of a per cent are allowed and round to the nearest step.
+        total_steps: length of the run.
+        steps_per_epoch: optimiser steps in one pass.
+
+    Raises:
+        UsageError: for anything else, a negative number, or more than 100%.
+    """
+    if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
+        return duration
+    if isinstance(duration, str):
+        if duration.strip().isdecimal():
+            return int(duration)
+        match = _WITH_UNIT.fullmatch(duration)
+        if match:
+            amount, unit = float(match[1]), match[2]
+            if unit != "%":
+                return round(amount * steps_per_epoch)
+            if amount <= 100:
+                return round(amount / 100 * total_steps)
+    raise UsageError(
+        f"'{duration}' is not a duration.",
+        "Give a number of optimiser steps (500), passes over the data ('10ep') or a share of the run ('10%').",
+    )
+
+
+def run_length(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps in a run: ``steps``, or ``epochs`` passes rounded to the nearest step, at least one."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, round(config.epochs * steps_per_epoch))
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step."""
+    return lambda step: value
+
+
+def linear(start: float, end: float, total: int) -> Schedule:
+    """``start`` at step 0, ``end`` at step ``total`` and after, a straight line between (I-JEPA's EMA momentum)."""
+    return lambda step: start + (end - start) * min(max(step, 0) / total, 1.0) if total > 0 else end
+
+
+def ramp(start: float, end: float, steps: int) -> Schedule:
+    """A straight line whose first value is ``start`` and whose last, at step ``steps - 1``, is ``end``; constant from
+    there on. This is ``numpy.linspace(start, end, steps)`` continued, as DINO warms up the teacher's temperature
+    (Caron et al. 2021, section 3.1). With fewer than two steps it is ``end`` throughout.
+    """
+
+    def value(step: int) -> float:
+        if steps < 2 or step >= steps - 1:
+            return end
+        return start + (end - start) * (max(step, 0) / (steps - 1))
+
+    return value
+
+
+def cosine(start: float, end: float, total: int, warmup: int = 0, warmup_start: float = 0.0) -> Schedule:
+    """Linear warm-up, then half a cosine: the schedule of DINO (Caron et al. 2021, appendix C), number by number.
+
+    Step i < ``warmup`` has the i-th of ``numpy.linspace(warmup_start, start, warmup)``. After it, with j = i - warmup
+    and n = total - warmup, the value is ``end + (start - end) (1 + cos(pi j / n)) / 2``; from step ``total`` on it
+    is ``end``.
+
+    Raises:
+        UsageError: if the warm-up is longer than the run.
+    """
+    if warmup > total:
+        raise UsageError(
+            f"A warm-up of {warmup} steps does not fit a run of {total}.",
+            "Shorten it (optim.warmup=10% is a tenth of any run), or train longer.",
+        )
+
+    def value(step: int) -> float:
+        if step >= total:
+            return end
+        if step < warmup:
+            return warmup_start + (start - warmup_start) * (max(step, 0) / max(warmup - 1, 1))
+        return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+    return value

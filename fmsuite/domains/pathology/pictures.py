@@ -1,0 +1,114 @@
+"""Previews: every slide with its tissue and windows, tile images on contact sheets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.domains.pathology.options import PathologyOptions
+from fmsuite.domains.pathology.reading import read_region
+from fmsuite.domains.pathology.slides import PixelSource, open_source
+from fmsuite.domains.pathology.tiff import TiffSource
+from fmsuite.domains.pathology.tiles import ImageSource
+from fmsuite.domains.pathology.windows import look_at_slide
+from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.preview import contact_sheet, draw_windows
+
+SHEET = 64
+"""Tile images on one contact sheet; more than one sheet would show nothing new."""
+
+
+def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -> list[Path]:
+    """One PNG a slide, and one contact sheet for tile images (evenly spread over all of them).
+
+    The tissue is found again with the options that the index was made with.
+
+    Raises:
+        UsageError: if the index has no rows.
+        ReadFailure: if a slide cannot be read any more; after the others have been drawn.
+    """
+    if not len(index):
+        raise UsageError("The index has no windows, so there is nothing to draw.")
+    if "options" in index.metadata:
+        options = PathologyOptions.model_validate(index.metadata["options"])
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = index.metadata.get("sources", {})
+    written: list[Path] = []
+    images: list[str] = []
+    failure: ReadFailure | None = None
+    for number, (path, label, starts, extent) in enumerate(_by_source(index)):
+        if facts.get(path, {}).get("kind") == "image":
+            images.append(path)
+            continue
+        try:
+            source = open_source(path)
+            try:
+                if isinstance(source, ImageSource) or (isinstance(source, TiffSource) and _one_tile(source, options)):
+                    images.append(path)
+                    continue
+                look = look_at_slide(source, options)
+            finally:
+                source.close()
+        except ReadFailure as error:
+            failure = failure or error
+            continue
+        pitch = np.asarray(look.thumbnail.pitch)
+        name = facts.get(path, {}).get("slide", Path(path).stem)
+        title = f"{name} ({label})" if label else name
+        caption = (
+            f"{title}: {len(starts)} windows of {options.size} px at {options.mpp:g} um, "
+            f"scanned at {look.mpp[1]:.4g} um; tissue {look.tissue.shares['tissue']:.0%}, "
+            f"ink {look.tissue.shares['ink']:.0%}, dark {look.tissue.shares['dark']:.0%}"
+        )
+        picture = draw_windows(
+            look.thumbnail.rgb, (starts - look.thumbnail.origin) / pitch, extent / pitch, look.tissue.mask, caption
+        )
+        target = folder / f"{number:04d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[-80:]}.png"
+        picture.save(target)
+        written.append(target)
+    if images:
+        target = folder / "tiles.png"
+        _sheet(images, options).save(target)
+        written.append(target)
+    if failure is not None:
+        raise failure
+    return written
+
+
+def _sheet(images: list[str], options: PathologyOptions) -> Image.Image:
+    places = np.unique(np.linspace(0, len(images) - 1, min(SHEET, len(images))).round().astype(int))
+    pictures, captions = [], []
+    for path in (images[place] for place in places):
+        source = open_source(path)
+        try:
+            shape = source.levels[0].shape
+            zoom = min(1.0, 256 / max(shape))
+            size = (max(1, round(shape[0] * zoom)), max(1, round(shape[1] * zoom)))
+            rgb, _ = read_region(source, (0.0, 0.0), (float(shape[0]), float(shape[1])), size)
+        finally:
+            source.close()
+        pictures.append(Image.fromarray(rgb))
+        captions.append(f"{Path(path).parent.name}/{Path(path).name}")
+    return contact_sheet(pictures, captions)
+
+
+def _one_tile(source: PixelSource, options: PathologyOptions) -> bool:
+    return len(source.levels) == 1 and max(source.levels[0].shape) <= options.largest_tile
+
+
+def _by_source(index: SampleIndex) -> Iterator[tuple[str, str | None, np.ndarray, np.ndarray]]:
+    """(path, label, (N, 2) corners, (2,) extent) of each source, in order of first appearance."""
+    column = index.table.column("source").cast(pa.string()).to_numpy(zero_copy_only=False)
+    names, first, codes = np.unique(column, return_index=True, return_inverse=True)
+    positions = np.asarray(index.table.column("position").combine_chunks().flatten()).reshape(-1, 2)
+    order = np.argsort(codes, kind="stable")
+    edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    for code in np.argsort(first):
+        row = index[int(first[code])]
+        yield str(names[code]), row.label, positions[order[edges[code] : edges[code + 1]]], np.asarray(row.extent)

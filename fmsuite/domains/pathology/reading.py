@@ -1,0 +1,253 @@
+"""Reading windows: the nearest finer level, the exact region, one antialiased resampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fmsuite.core.data.handles import HandleCache
+from fmsuite.core.data.index import Window
+from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.pathology.slides import PixelSource, close_source, open_source
+from fmsuite.errors import ReadFailure
+
+LEVEL_TOLERANCE = 0.02
+"""A level may be this much coarser than asked: pyramids are rarely exact powers of two."""
+BLOCK_PIXELS = 16 * 2**20
+"""Source pixels that are held at once; a larger region is read in parts."""
+FILTER = Image.Resampling.BICUBIC
+_SUPPORT = {Image.Resampling.BICUBIC: 2.0, Image.Resampling.BOX: 0.5}
+
+
+def best_level(source: PixelSource, scale: float) -> int:
+    """The coarsest level that is still as fine as ``scale`` level-0 pixels per pixel, within ``LEVEL_TOLERANCE``."""
+    fitting = [n for n, level in enumerate(source.levels) if max(level.downsample) <= scale * (1 + LEVEL_TOLERANCE)]
+    return max(fitting, key=lambda n: max(source.levels[n].downsample), default=0)
+
+
+def read_region(
+    source: PixelSource,
+    position: tuple[float, float],
+    extent: tuple[float, float],
+    size: tuple[int, int],
+    resample: Image.Resampling = FILTER,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A region of a source at any resolution.
+
+    Args:
+        source: an open source.
+        position, extent: (y, x) corner and lengths in level-0 pixels; fractions count.
+        size: (height, width) to come out.
+        resample: bicubic, or box for means of areas.
+
+    Returns:
+        (height, width, 3) uint8, and (height, width) bool: False outside the source and where it was not scanned. There
+        the colour is the source's background.
+
+    Raises:
+        ReadFailure: if any of it cannot be read.
+    """
+    rgb = np.empty((*size, 3), np.uint8)
+    valid = np.empty(size, bool)
+    for block in _blocks(source, position, extent, size):
+        rgb[block.place], valid[block.place] = _read_block(source, block, resample)
+    return rgb, valid
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of a region: where it goes in the output, and what it shows."""
+
+    top: int
+    left: int
+    size: tuple[int, int]
+    position: tuple[float, float]
+    extent: tuple[float, float]
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        return (slice(self.top, self.top + self.size[0]), slice(self.left, self.left + self.size[1]))
+
+    def split(self, axis: int, length: int) -> Iterator[_Block]:
+        """Pieces of at most ``length`` output pixels along an axis."""
+        for start in range(0, self.size[axis], length):
+            count = min(length, self.size[axis] - start)
+            pitch = self.extent[axis] / self.size[axis]
+            size, position, extent = list(self.size), list(self.position), list(self.extent)
+            size[axis], extent[axis] = count, pitch * count
+            position[axis] += pitch * start
+            corner = [self.top, self.left]
+            corner[axis] += start
+            yield _Block(corner[0], corner[1], (size[0], size[1]), (position[0], position[1]), (extent[0], extent[1]))
+
+
+def _blocks(
+    source: PixelSource, position: tuple[float, float], extent: tuple[float, float], size: tuple[int, int]
+) -> Iterator[_Block]:
+    """Parts of a region that each need at most ``BLOCK_PIXELS`` of the level they are read from."""
+    whole = _Block(0, 0, size, position, extent)
+    level = source.levels[best_level(source, min(extent[0] / size[0], extent[1] / size[1]))]
+    pixels = extent[0] * extent[1] / (level.downsample[0] * level.downsample[1])
+    if pixels <= BLOCK_PIXELS:
+        yield whole
+        return
+    share = BLOCK_PIXELS / pixels
+    # Strips are decoded in full width anyway, so parts of a striped file are as wide as can be.
+    rows = size[0] * share if source.striped else size[0] * math.sqrt(share)
+    rows = min(max(int(rows), 1), size[0])
+    columns = min(max(int(size[1] * share * size[0] / rows), 1), size[1])
+    for band in whole.split(0, rows):
+        yield from band.split(1, columns)
+
+
+def _read_block(source: PixelSource, block: _Block, resample: Image.Resampling) -> tuple[np.ndarray, np.ndarray]:
+    scale = [block.extent[a] / block.size[a] for a in (0, 1)]
+    number = best_level(source, min(scale))
+    level = source.levels[number]
+    start = [block.position[a] / level.downsample[a] for a in (0, 1)]
+    length = [block.extent[a] / level.downsample[a] for a in (0, 1)]
+    background = np.asarray(source.background, np.uint8)
+    first, last, pad_before, pad_after = [], [], [], []
+    for axis in (0, 1):
+        # The filter looks beyond the region, and OpenSlide may begin up to half a pixel off.
+        margin = math.ceil(_SUPPORT[resample] * max(1.0, length[axis] / block.size[axis])) + 1
+        low, high = math.floor(start[axis]), math.ceil(start[axis] + length[axis])
+        begin, end = max(0, low - margin), min(level.shape[axis], high + margin)
+        first.append(begin)
+        last.append(end)
+        pad_before.append(max(0, begin - low))
+        pad_after.append(max(0, high - end))
+    if first[0] >= last[0] or first[1] >= last[1]:
+        return np.broadcast_to(background, (*block.size, 3)), np.zeros(block.size, bool)
+    rgba, begins = source.read(number, first[0], first[1], last[0] - first[0], last[1] - first[1])
+    rgb, alpha = rgba[..., :3], rgba[..., 3]
+    if alpha.min() < 255:
+        weight = alpha[..., None].astype(np.float32) / 255
+        rgb = np.rint(rgb * weight + background * (1 - weight)).astype(np.uint8)
+    padding = [(pad_before[a], pad_after[a]) for a in (0, 1)]
+    if any(map(any, padding)):
+        # The border is repeated outwards, so that nothing foreign is mixed into the last valid pixels.
+        rgb = np.pad(rgb, [*padding, (0, 0)], mode="edge")
+        alpha = np.pad(alpha, padding)
+    offset = [start[a] - begins[a] + pad_before[a] for a in (0, 1)]
+    # Rounding must not push the box over the border by a hair, which Pillow refuses.
+    top, left = (min(max(offset[a], 0.0), rgb.shape[a]) for a in (0, 1))
+    box = (left, top, min(left + length[1], rgb.shape[1]), min(top + length[0], rgb.shape[0]))
+    width_height = (block.size[1], block.size[0])
+    picture = np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).resize(width_height, resample, box))
+    if alpha.min() == 255:
+        return picture, np.ones(block.size, bool)
+    cover = Image.fromarray(np.ascontiguousarray(alpha)).resize(width_height, Image.Resampling.BOX, box)
+    valid = np.asarray(cover) >= 128
+    return np.where(valid[..., None], picture, background), valid
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture of a whole source.
+
+    Attributes:
+        rgb: (H, W, 3) uint8.
+        valid: (H, W) bool, False where nothing was scanned or nothing could be read.
+        origin: (y, x) of its corner in level-0 pixels.
+        pitch: level-0 pixels in one of its pixels along (y, x).
+        unreadable: share of its area that could not be read, and the first reason.
+    """
+
+    rgb: np.ndarray
+    valid: np.ndarray
+    origin: tuple[float, float]
+    pitch: tuple[float, float]
+    unreadable: float = 0.0
+    failure: ReadFailure | None = None
+
+
+def thumbnail_pitch(source: PixelSource, mpp: tuple[float, float] | None, wanted: float) -> tuple[float, float]:
+    """Level-0 pixels in one thumbnail pixel, for ``wanted`` um a pixel, between 512 and 4096 pixels on the long side.
+
+    Without a resolution the thumbnail simply has 1024 pixels on its long side. It is never finer than level 0.
+    """
+    longest = max(source.bounds[2:])
+    if mpp is None:
+        pitch = max(1.0, longest / 1024)
+        return (pitch, pitch)
+    factor = min(max(wanted, longest * max(mpp) / 4096), longest * max(mpp) / 512)
+    return (max(1.0, factor / mpp[0]), max(1.0, factor / mpp[1]))
+
+
+def read_thumbnail(path: str, pitch: tuple[float, float], max_failures: int = 32) -> Thumbnail:
+    """A thumbnail from the best level, in bounded memory, that survives damaged places.
+
+    A part that cannot be read is tried again in quarters, down to 256 source pixels, until ``max_failures`` parts have
+    failed; from then on a failing part is given up whole. OpenSlide's handle is dead after an error, so it is opened
+    again each time.
+
+    Raises:
+        ReadFailure: if the file cannot be opened, or no part of it can be read.
+    """
+    source = open_source(path)
+    try:
+        top, left, height, width = source.bounds
+        size = (max(1, math.ceil(height / pitch[0] - 1e-6)), max(1, math.ceil(width / pitch[1] - 1e-6)))
+        extent = (size[0] * pitch[0], size[1] * pitch[1])
+        rgb = np.empty((*size, 3), np.uint8)
+        rgb[...] = source.background
+        valid = np.zeros(size, bool)
+        pending = list(_blocks(source, (top, left), extent, size))[::-1]
+        lost, failures, first = 0, 0, None
+        while pending:
+            block = pending.pop()
+            try:
+                rgb[block.place], valid[block.place] = _read_block(source, block, Image.Resampling.BOX)
+            except ReadFailure as failure:
+                first = first or failure
+                failures += 1
+                source.close()
+                source = open_source(path)
+                level = source.levels[best_level(source, min(pitch))]
+                large = [block.extent[a] / level.downsample[a] > 256 and block.size[a] > 1 for a in (0, 1)]
+                if failures > max_failures or not any(large):
+                    lost += block.size[0] * block.size[1]
+                    continue
+                parts = list(block.split(0, -(-block.size[0] // 2))) if large[0] else [block]
+                if large[1]:
+                    parts = [piece for part in parts for piece in part.split(1, -(-part.size[1] // 2))]
+                pending.extend(parts[::-1])
+    finally:
+        source.close()
+    if first is not None and lost == size[0] * size[1]:
+        raise ReadFailure(path, "read", f"it opens, but nothing on it can be read: {first.reason}", first.hint)
+    return Thumbnail(rgb, valid, (top, left), pitch, lost / (size[0] * size[1]), first)
+
+
+class SlideReader:
+    """Reads the windows of an index.
+
+    Args:
+        size: (height, width) of what comes out.
+        limit: files kept open in each process.
+    """
+
+    def __init__(self, size: tuple[int, int], limit: int = 8) -> None:
+        self.size = size
+        self.handles: HandleCache[PixelSource] = HandleCache(open_source, close_source, limit)
+
+    def read(self, window: Window) -> ArraySample:
+        """(3, height, width) uint8 RGB; ``valid`` is False outside the slide and where it was not scanned.
+
+        Raises:
+            ReadFailure: if the window cannot be read. The file is opened anew for the next one.
+        """
+        position, extent = (window.position[0], window.position[1]), (window.extent[0], window.extent[1])
+        try:
+            rgb, valid = read_region(self.handles.get(window.source), position, extent, self.size)
+        except ReadFailure as failure:
+            self.handles.discard(window.source)
+            where = f"window at y={position[0]:.0f}, x={position[1]:.0f}: " if failure.stage == "read" else ""
+            raise ReadFailure(failure.path, failure.stage, where + failure.reason, failure.hint) from failure
+        values = np.ascontiguousarray(np.moveaxis(rgb, -1, 0))
+        return ArraySample(values, valid=None if valid.all() else valid[None])

@@ -1,0 +1,135 @@
+"""The remote sensing plugin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.inputs import Channel, InputSpec
+from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.remote_sensing.augment import RasterAugmentation
+from fmsuite.domains.remote_sensing.example import make_example
+from fmsuite.domains.remote_sensing.indexing import build_index, reader_of
+from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.pictures import draw, draw_overview
+from fmsuite.domains.remote_sensing.raster import open_raster
+from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.errors import UsageError
+
+PREVIEW_SIZE = 1024
+"""Longest side of an overview, pixels."""
+
+
+class RemoteSensingDomain(Domain):
+    """Satellite and aerial rasters. An index carries the options it was made with; reading follows those."""
+
+    name: ClassVar[str] = "remote_sensing"
+    title: ClassVar[str] = "multispectral and SAR rasters: GeoTIFF, COG, VRT, JPEG 2000; single dates and time series"
+    Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
+    default_recipe: ClassVar[str] = "remote_sensing_mae"
+
+    options: RemoteSensingOptions
+
+    def __init__(self, options: DomainOptions | None = None) -> None:
+        super().__init__(RemoteSensingOptions() if options is None else options)
+
+    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
+        return build_index([Path(path) for path in paths], self.options, skipped, progress)
+
+    def input_spec(self, index: SampleIndex) -> InputSpec:
+        """
+        Raises:
+            UsageError: if the index has no windows, or is another domain's.
+        """
+        options = _options_of(index)
+        if not len(index):
+            raise UsageError("The index has no windows.", "See skipped.csv for what was wrong with each file.")
+        facts = index.metadata
+        scale, offset, clip = options.quantification
+        groups = {band: group for group, members in options.band_groups.items() for band in members}
+        known = {band.name: band for band in options.spectral.bands}
+        channels = tuple(
+            Channel(
+                name=name,
+                wavelength=known[name].wavelength if name in known else None,
+                group=groups.get(name),
+                mean=mean,
+                std=std,
+            )
+            for name, (mean, std) in zip(facts["bands"], facts["statistics"], strict=True)
+        )
+        axes: tuple[str, ...] = ("y", "x")
+        size: tuple[int, ...] = (options.size, options.size)
+        spacing = None if facts["spacing"] is None else tuple(facts["spacing"])
+        if options.series:
+            axes, size = ("time", *axes), (facts["dates"], *size)
+            spacing = None if spacing is None else (1.0, *spacing)
+        return InputSpec(
+            axes=axes,
+            size=size,
+            channels=channels,
+            scale=scale,
+            offset=offset,
+            clip=clip,
+            spacing=spacing,
+            spacing_unit="px" if spacing is None else "m",
+        )
+
+    def reader(self, index: SampleIndex) -> RasterReader:
+        return reader_of(index, _options_of(index))
+
+    def augmentation(self, spec: InputSpec) -> RasterAugmentation:
+        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.band_dropout)
+
+    def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
+        """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""
+        return draw(values, spec, self.options.nodata)
+
+    def example_data(self, folder: Path, seed: int = 0) -> Path:
+        return make_example(Path(folder), seed)
+
+    def preview(self, index: SampleIndex, folder: Path) -> list[Path]:
+        """One reduced picture a source (of a series, its first date) with the outlines of its windows.
+
+        Raises:
+            ReadFailure: if a source can no longer be read.
+        """
+        options, spec = _options_of(index), self.input_spec(index)
+        flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
+        boxes: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {}
+        groups: dict[str, str] = {}
+        for row in range(len(index)):
+            window = index[row]
+            groups[window.source] = window.group
+            corner, extent = window.position[-2:], window.extent[-2:]
+            boxes.setdefault(window.source, []).append(((corner[0], corner[1]), (extent[0], extent[1])))
+        pictures: list[Path] = []
+        for number, source in enumerate(boxes):
+            raster = open_raster(source, options)
+            try:
+                values = raster.overview(spec.channel_names, PREVIEW_SIZE, options)
+                shrink = (raster.height / values.shape[1], raster.width / values.shape[2])
+            finally:
+                raster.close()
+            path = Path(folder) / f"{number:04d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', groups[source])[-80:]}.png"
+            draw_overview(values, flat, shrink, boxes[source], path, options.nodata)
+            pictures.append(path)
+        return pictures
+
+
+def _options_of(index: SampleIndex) -> RemoteSensingOptions:
+    """The options that an index was made with.
+
+    Raises:
+        UsageError: if it is another domain's index.
+    """
+    domain = index.metadata.get("domain")
+    if domain != RemoteSensingDomain.name:
+        raise UsageError(f"This index belongs to the domain '{domain}', not to remote_sensing.", "Use its own domain.")
+    return RemoteSensingOptions.model_validate(index.metadata["options"])

@@ -1,0 +1,115 @@
+"""Pictures for people: true colour where the bands allow it, and an overview of where the windows are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fmsuite.core.inputs import Channel, InputSpec
+
+VISIBLE = {"red": (600.0, 700.0, 660.0), "green": (520.0, 600.0, 560.0), "blue": (430.0, 520.0, 485.0)}
+"""Shortest and longest wavelength in nanometres that counts as a colour, and the one that is preferred."""
+INVALID = ((255, 0, 255), (96, 0, 96))
+"""The two colours of the chequered pattern that stands for nodata."""
+MAX_DATES = 4
+_STRETCH = (2.0, 98.0)
+
+
+def colour_bands(channels: Sequence[Channel]) -> tuple[int, int, int] | None:
+    """Positions of red, green and blue, by name or by wavelength; ``None`` where one is missing."""
+    found = []
+    for colour, (low, high, best) in VISIBLE.items():
+        named = [i for i, channel in enumerate(channels) if channel.name.lower() in (colour, colour[0])]
+        seen = [
+            (abs(c.wavelength - best), i) for i, c in enumerate(channels) if c.wavelength and low <= c.wavelength < high
+        ]
+        if not named and not seen:
+            return None
+        found.append(named[0] if named else min(seen)[1])
+    return found[0], found[1], found[2]
+
+
+def draw(values: np.ndarray, spec: InputSpec, nodata: float | None = None) -> np.ndarray:
+    """One sample as a picture.
+
+    Red, green and blue bands make true colour; VV and VH make the usual radar false colour (VV, VH, their difference in
+    decibels); otherwise the first band is grey. Contrast is stretched between the 2nd and 98th percentile of
+    what is valid: jointly for true colour, so that hues stay, and separately for radar. Of a time series the
+    first ``MAX_DATES`` dates stand side by side. Pixels that are zero, ``nodata`` or not finite in all bands are
+    chequered in magenta: readers write zeros where there is no data.
+
+    Args:
+        values: (C, H, W) or (C, T, H, W) raw.
+
+    Returns:
+        (H, W, 3) uint8; for a series (H, T * W + gaps, 3).
+    """
+    if values.ndim == 4:
+        dates = values.shape[1]
+        shown = values[:, : min(dates, MAX_DATES)]
+        flat = np.concatenate([shown[:, t] for t in range(shown.shape[1])], axis=-1)
+        picture = _draw_plane(flat, spec, nodata)
+        parts = np.split(picture, shown.shape[1], axis=1)
+        gap = np.full((picture.shape[0], 2, 3), 255, np.uint8)
+        return np.concatenate([piece for part in parts for piece in (part, gap)][:-1], axis=1)
+    return _draw_plane(values, spec, nodata)
+
+
+def _draw_plane(values: np.ndarray, spec: InputSpec, nodata: float | None) -> np.ndarray:
+    physical = spec.offset + spec.scale * values.astype(np.float64)
+    empty = ~np.isfinite(values) | (values == 0)
+    if nodata is not None:
+        empty |= values == nodata
+    missing = empty.all(axis=0)
+    colours = colour_bands(spec.channels)
+    names = spec.channel_names
+    if colours is not None:
+        planes, joint = physical[list(colours)], True
+    elif "VV" in names and "VH" in names:
+        vv, vh = physical[names.index("VV")], physical[names.index("VH")]
+        planes, joint = np.stack([vv, vh, vv - vh]), False
+    else:
+        planes, joint = np.repeat(physical[:1], 3, axis=0), True
+    seen = np.isfinite(planes).all(axis=0) & ~missing
+    groups = [slice(0, 3)] if joint else [slice(i, i + 1) for i in range(3)]
+    stretched = np.zeros(planes.shape)
+    for group in groups:
+        if seen.any():
+            low, high = np.percentile(planes[group][:, seen], _STRETCH)
+            stretched[group] = np.nan_to_num((planes[group] - low) / max(high - low, 1e-12))
+    picture = (stretched.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    rows, columns = np.indices(missing.shape)
+    pattern = np.array(INVALID, dtype=np.uint8)[(rows // 4 + columns // 4) % 2]
+    return np.where(missing[..., None], pattern, picture)
+
+
+def draw_overview(
+    values: np.ndarray,
+    spec: InputSpec,
+    shrink: tuple[float, float],
+    boxes: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+    path: Path,
+    nodata: float | None = None,
+) -> None:
+    """A reduced raster with the outlines of its windows, as a PNG file.
+
+    Args:
+        values: (C, h, w) reduced pixels.
+        shrink: raster pixels per picture pixel along (y, x).
+        boxes: (corner, extent) of each window in raster pixels, (y, x).
+    """
+    picture = Image.fromarray(draw(values, spec, nodata))
+    pen = ImageDraw.Draw(picture)
+    for (top, left), (height, width) in boxes:
+        corners = [
+            left / shrink[1],
+            top / shrink[0],
+            (left + width) / shrink[1] - 1,
+            (top + height) / shrink[0] - 1,
+        ]
+        pen.rectangle(corners, outline=(255, 220, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)

@@ -1,0 +1,119 @@
+"""Reads the windows of an index: native pixels, or resampled to a ground sampling distance; one date or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from fmsuite.core.data.handles import HandleCache
+from fmsuite.core.data.index import Window
+from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.raster import Raster, close_raster, open_raster
+from fmsuite.errors import ReadFailure
+
+Dates = Sequence[tuple[str, float]]
+"""The files of a time series in order, each with its day counted from 2000-01-01."""
+
+
+@dataclass
+class RasterReader:
+    """Windows as arrays of (C, y, x), or (C, time, y, x) for a time series.
+
+    Values are in the sensor's counts, in one dtype for the whole index, 0 where invalid; ``valid`` tells band by band
+    and pixel by pixel what is data.
+
+    Attributes:
+        options: the options that the index was made with.
+        bands: to read, in this order.
+        dtype: of the values.
+        spaced: report each sample's spacing in metres; only where every source of the index has one.
+        series: source to its dates; empty for single dates.
+    """
+
+    options: RemoteSensingOptions
+    bands: tuple[str, ...]
+    dtype: str
+    spaced: bool = True
+    series: Mapping[str, Dates] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._handles: HandleCache[Raster] = HandleCache(partial(open_raster, options=self.options), close_raster, 16)
+
+    def read(self, window: Window) -> ArraySample:
+        """
+        Raises:
+            ReadFailure: if a file of the window cannot be opened, lacks a band, or cannot be decoded there.
+        """
+        position, extent = window.position[-2:], window.extent[-2:]
+        spacing: tuple[float, ...] | None = None
+        if self.spaced and window.spacing:
+            gsd = self.options.gsd
+            spacing = window.spacing[-2:] if gsd is None else (gsd, gsd)
+        if not self.options.series:
+            values, valid = self._read_one(window.source, position, extent)
+            return ArraySample(values, valid, spacing=spacing)
+        dates = self.series.get(window.source)
+        if dates is None:
+            raise ReadFailure(window.source, "read", "the index does not list the dates of this series.", "Tile again.")
+        parts = [self._read_one(path, position, extent) for path, _ in dates]
+        return ArraySample(
+            np.stack([values for values, _ in parts], axis=1),
+            np.stack([valid for _, valid in parts], axis=1),
+            coords={"time": np.array([day for _, day in dates], dtype=np.float32)},
+            spacing=None if spacing is None else (1.0, *spacing),
+        )
+
+    def close(self) -> None:
+        self._handles.close()
+
+    def _read_one(
+        self, path: str, position: tuple[float, ...], extent: tuple[float, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            raster = self._handles.get(path)
+            lacking = [name for name in self.bands if name not in raster.bands]
+            if lacking:
+                raise ReadFailure(path, "read", f"it no longer has the bands {', '.join(lacking)}.", "Tile again.")
+            return self._resampled(raster, position, extent)
+        except ReadFailure:
+            # A GDAL handle that has failed once may go on failing after the file is back.
+            self._handles.discard(path)
+            raise
+
+    def _resampled(
+        self, raster: Raster, position: tuple[float, ...], extent: tuple[float, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        size = self.options.size
+        if self.options.gsd is None:
+            top, left = (round(value) for value in position)
+            values, valid = raster.read(self.bands, top, left, size, size, self.options)
+            return values.astype(self.dtype, copy=False), valid
+        # The filter's support is one output pixel where it shrinks and one raster pixel where it enlarges. Windows are
+        # read with that margin and trimmed, so that neighbouring windows meet without a seam; at the raster's own edge
+        # there is nothing to read, and the filter stops.
+        cut_size, starts, ends, trims = [], [], [], []
+        for place, length, limit in zip(position, extent, (raster.height, raster.width), strict=True):
+            step = length / size
+            margin = math.ceil(max(1.0, 1 / step))
+            before = margin if place - margin * step >= 0 else 0
+            after = margin if place + length + margin * step <= limit else 0
+            starts.append(place - before * step)
+            ends.append(place + length + after * step)
+            cut_size.append(size + before + after)
+            trims.append(slice(before, before + size))
+        top, left = (math.floor(start) for start in starts)
+        bottom, right = (math.ceil(end) for end in ends)
+        values, valid = raster.read(self.bands, top, left, bottom - top, right - left, self.options)
+        box = (ends[0] - starts[0], ends[1] - starts[1])
+        cut = ArraySample(values.astype(np.float32), valid).crop(
+            (starts[0] - top, starts[1] - left), box, (cut_size[0], cut_size[1])
+        )
+        assert cut.valid is not None
+        inside = (slice(None), *trims)
+        kept = cut.valid[inside]
+        return np.where(kept, cut.values[inside], 0).astype(self.dtype), kept.copy()

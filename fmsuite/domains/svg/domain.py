@@ -1,0 +1,228 @@
+"""The svg plugin: drawings found, tried, indexed, read and varied."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, field_validator
+
+from fmsuite.core.data.index import SampleIndex, Window
+from fmsuite.core.data.reader import Augmentation, Reader
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec, rgb_channels
+from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.svg.augmentation import SvgAugmentation
+from fmsuite.domains.svg.example import write_example
+from fmsuite.domains.svg.render import Rgba, colour
+from fmsuite.domains.svg.safety import Limits
+from fmsuite.domains.svg.sample import SvgReader
+from fmsuite.domains.svg.worker import Drawn, RenderWorker
+from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.labels import GROUP_COLUMNS, Assigned, LabelColumns, assign_labels, find_labels
+from fmsuite.tiling.sources import SourceFile, find_files
+
+SUFFIXES = (".svg", ".svgz")
+SHEET_DRAWINGS = 144
+SHEET_TILE = 96
+
+
+class SvgOptions(DomainOptions):
+    """The ``data:`` section for drawings.
+
+    Attributes:
+        size: pixels along each side of the rendered window.
+        background: an opaque CSS colour.
+        mirror: drawings may be mirrored by augmentation; leave it off for letters, flags and directions.
+        mean, std: channel statistics on a 0-1 scale; ImageNet's, so that public encoders see what they expect.
+        labels: a CSV file; ``labels.csv`` in the given folders if not given, none at all with ``none``.
+        path_column, label_column, group_column, split_column: its columns; see ``tiling.labels.LabelColumns``.
+        timeout: seconds that one drawing may take to render.
+        workers: processes that try the drawings; -1 chooses from the cores.
+        max_bytes, max_elements, max_drawn, max_depth, max_side, max_image_pixels: see ``safety.Limits``.
+    """
+
+    size: int = Field(default=64, ge=8, le=4096)
+    background: str = "white"
+    mirror: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    labels: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    group_column: str | None = None
+    split_column: str | None = None
+    timeout: float = Field(default=10.0, gt=0)
+    workers: int = Field(default=-1, ge=-1)
+    max_bytes: int = Field(default=Limits.max_bytes, ge=1)
+    max_elements: int = Field(default=Limits.max_elements, ge=1)
+    max_drawn: int = Field(default=Limits.max_drawn, ge=1)
+    max_depth: int = Field(default=Limits.max_depth, ge=1, le=150)
+    max_side: float = Field(default=Limits.max_side, gt=0)
+    max_image_pixels: int = Field(default=Limits.max_image_pixels, ge=1)
+
+    @field_validator("background")
+    @classmethod
+    def _opaque(cls, value: str) -> str:
+        if colour(value)[3] != 1.0:
+            raise ValueError(f"the background '{value}' is not opaque")
+        return value
+
+    @field_validator("workers")
+    @classmethod
+    def _some_workers(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("drawings are tried in processes of their own: at least one is needed")
+        return value
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+    @property
+    def background_rgba(self) -> Rgba:
+        return colour(self.background)
+
+
+class SvgDomain(Domain):
+    """Vector graphics. One window a drawing: the square around its canvas, rendered by CairoSVG.
+
+    Text is set in the fonts that the machine has, so drawings with text differ between machines.
+    """
+
+    name: ClassVar[str] = "svg"
+    title: ClassVar[str] = "Vector graphics (SVG), rendered at the resolution each view asks for"
+    Options: ClassVar[type[DomainOptions]] = SvgOptions
+    default_recipe: ClassVar[str] = "svg-mae"
+
+    options: SvgOptions
+
+    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
+        """Every drawing that renders within the limits, each a window (y, x) in its root's user units.
+
+        ``content`` is the share of pixels that differ from the background. Metadata: ``options``, and ``not_drawn``,
+        the number of drawings that use each element which CairoSVG leaves out.
+        """
+        files = find_files(paths, SUFFIXES, "SVG drawings")
+        labels = self._labels(paths, files, skipped)
+        # A column that the user names as the label ("group" of emoji) does not say what belongs together.
+        grouped = self.options.group_column is not None or self.options.label_column not in GROUP_COLUMNS
+        windows, left_out = [], Counter[str]()
+        results = self._try_all([str(file.path) for file in files])
+        for file, result in zip(files, progress(results, len(files), "rendering drawings"), strict=True):
+            if isinstance(result, ReadFailure):
+                skipped.add_failure(result)
+                continue
+            left_out.update(result.not_drawn.keys())
+            row = labels.of(file)
+            side = result.canvas.side
+            windows.append(
+                Window(
+                    source=str(file.path),
+                    group=(row.group if grouped else None) or file.group,
+                    position=result.canvas.corner,
+                    extent=(side, side),
+                    content=result.content,
+                    label=row.label,
+                    split=row.split,
+                )
+            )
+        metadata = {
+            "domain": self.name,
+            "options": self.options.model_dump(mode="json"),
+            "not_drawn": dict(sorted(left_out.items())),
+        }
+        return SampleIndex.from_windows(windows, metadata)
+
+    def _try_all(self, paths: list[str]) -> Iterator[Drawn | ReadFailure]:
+        """The outcome for each path, in order."""
+        options = self.options
+        count = options.workers if options.workers > 0 else min(os.cpu_count() or 1, 8)
+        count = max(1, min(count, len(paths)))
+        workers = [
+            RenderWorker(options.size, options.background_rgba, options.limits, options.timeout) for _ in range(count)
+        ]
+        idle: SimpleQueue[RenderWorker] = SimpleQueue()
+        for worker in workers:
+            idle.put(worker)
+
+        def attempt(path: str) -> Drawn | ReadFailure:
+            worker = idle.get()
+            try:
+                return worker.try_file(path)
+            except ReadFailure as failure:
+                return failure
+            finally:
+                idle.put(worker)
+
+        pool = ThreadPoolExecutor(count)
+        try:
+            yield from pool.map(attempt, paths)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for worker in workers:
+                worker.close()
+
+    def _labels(self, paths: Sequence[Path], files: list[SourceFile], skipped: SkippedLog) -> Assigned:
+        options = self.options
+        if options.labels == "none":
+            return Assigned()
+        tables = find_labels(options.labels, paths)
+        columns = LabelColumns(options.path_column, options.label_column, options.group_column, options.split_column)
+        assigned = assign_labels(tables, files, columns)
+        where = ", ".join(map(str, tables))
+        if assigned.unmatched and not assigned.by_path:
+            raise UsageError(f"{where}: no line names one of the drawings.", "Check the column of paths.")
+        if assigned.unmatched:
+            example = assigned.unmatched[0]
+            reason = f"{len(assigned.unmatched)} lines name no drawing that was found, such as {example}"
+            skipped.add(where, "labels", reason)
+        return assigned
+
+    def input_spec(self, index: SampleIndex) -> InputSpec:
+        """RGB, 8 bits, scaled by 1/255, then ``mean`` and ``std``. Spacing is not physical, and is left out."""
+        size = (self.options.size, self.options.size)
+        return InputSpec(
+            axes=("y", "x"), size=size, channels=rgb_channels(self.options.mean, self.options.std), scale=1 / 255
+        )
+
+    def reader(self, index: SampleIndex) -> Reader:
+        return SvgReader(self.options.background_rgba, self.options.limits)
+
+    def augmentation(self, spec: InputSpec) -> Augmentation:
+        return SvgAugmentation(self.options.mirror)
+
+    def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
+        return np.ascontiguousarray(np.clip(values, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+    def example_data(self, folder: Path, seed: int = 0) -> Path:
+        """160 drawings of stars, gears, arrows, spirals and houses; colour and stroke say nothing about the class."""
+        write_example(folder, seed)
+        return folder
+
+    def preview(self, index: SampleIndex, folder: Path) -> list[Path]:
+        """One contact sheet of up to 144 drawings, taken evenly from the index."""
+        if len(index) == 0:
+            raise UsageError("The index has no drawing to show.")
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), SHEET_DRAWINGS)).round().astype(int))
+        columns = math.ceil(math.sqrt(len(rows)))
+        step = SHEET_TILE + 4
+        sheet = Image.new("RGB", (columns * step, math.ceil(len(rows) / columns) * step), (128, 128, 128))
+        reader = self.reader(index)
+        for place, row in enumerate(rows):
+            sample = reader.read(index[int(row)])
+            tile = sample.crop((0.0, 0.0), tuple(map(float, sample.size)), (SHEET_TILE, SHEET_TILE))
+            picture = Image.fromarray(tile.values.transpose(1, 2, 0))
+            sheet.paste(picture, (place % columns * step + 2, place // columns * step + 2))
+        path = folder / "contact_sheet.png"
+        sheet.save(path)
+        return [path]

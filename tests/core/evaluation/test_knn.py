@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from fmsuite.core.evaluation import knn
+from fmsuite.core.evaluation.knn import balanced_accuracy, knn_predict
+from fmsuite.errors import UsageError
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 200)
+    centres = rng.normal(size=(5, 16))
+    support = centres[labels] + rng.normal(size=(200, 16)) * 1.5
+    queries = centres[rng.integers(0, 5, 90)] + rng.normal(size=(90, 16)) * 1.5
+    return torch.from_numpy(support).float(), torch.from_numpy(labels), torch.from_numpy(queries).float()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_plain_votes_equal_scikit_learn(data: tuple, metric: str, k: int) -> None:
+    support, labels, queries = data
+    reference = KNeighborsClassifier(k, metric=metric, algorithm="brute").fit(support.numpy(), labels.numpy())
+    predicted = knn_predict(support, labels, queries, k, temperature=None, metric=metric)  # type: ignore[arg-type]
+    assert predicted.tolist() == reference.predict(queries.numpy()).tolist()
+
+
+def test_weighted_votes_equal_scikit_learn_with_that_weight(data: tuple) -> None:
+    support, labels, queries = data
+    reference = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(support.double().numpy(), labels.numpy())
+    assert knn_predict(support, labels, queries, 20).tolist() == reference.predict(queries.double().numpy()).tolist()
+
+
+def test_chunks_do_not_change_the_answer(data: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = knn_predict(*data)
+    monkeypatch.setattr(knn, "_CHUNK_VALUES", 7 * 200)
+    assert torch.equal(knn_predict(*data), whole)
+
+
+def test_a_querys_own_group_does_not_vote(data: tuple) -> None:
+    support, labels, _ = data
+    groups = torch.arange(200) % 9
+    predicted = knn_predict(support, labels, support, 3, support_groups=groups, query_groups=groups)
+    for group in range(9):
+        inside = groups == group
+        alone = knn_predict(support[~inside], labels[~inside], support[inside], 3)
+        assert torch.equal(predicted[inside], alone)
+
+
+def test_few_voters_outside_the_group_vote_alone() -> None:
+    features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 0, 1])
+    groups = torch.tensor([0, 0, 0, 1])
+    predicted = knn_predict(features, labels, features, 20, support_groups=groups, query_groups=groups)
+    assert predicted.tolist() == [1, 1, 1, 0]
+
+
+def test_equal_votes_go_to_the_smallest_label() -> None:
+    support = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert knn_predict(support, torch.tensor([2, 1]), support[:1], 2, temperature=None).tolist() == [1]
+
+
+def test_low_temperatures_do_not_overflow() -> None:
+    support = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
+    predicted = knn_predict(support, torch.tensor([0, 1, 1]), support[:1], 3, temperature=1e-4)
+    assert predicted.tolist() == [0]
+
+
+def test_wrong_use_is_refused(data: tuple) -> None:
+    support, labels, queries = data
+    groups = torch.zeros(200, dtype=torch.int64)
+    with pytest.raises(UsageError, match="k of at least 1"):
+        knn_predict(support, labels, queries, 0)
+    with pytest.raises(UsageError, match="cosine metric"):
+        knn_predict(support, labels, queries, metric="euclidean")
+    with pytest.raises(UsageError, match="not for both"):
+        knn_predict(support, labels, queries, support_groups=groups)
+    with pytest.raises(UsageError, match="of one group"):
+        knn_predict(support, labels, queries, support_groups=groups, query_groups=groups[:90])
+
+
+def test_balanced_accuracy_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    target, predicted = rng.choice(4, 300, p=[0.7, 0.2, 0.08, 0.02]), rng.integers(0, 5, 300)
+    ours = balanced_accuracy(torch.from_numpy(predicted), torch.from_numpy(target))
+    with np.testing.suppress_warnings() as quiet:
+        quiet.filter(UserWarning)
+        assert ours == pytest.approx(balanced_accuracy_score(target, predicted))

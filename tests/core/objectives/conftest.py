@@ -1,0 +1,158 @@
+"""Inputs of every kind, and batches of them as the data pipeline would make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.data.sample import Batch, MaskContext, SampleKey, View
+from fmsuite.core.inputs import Channel, InputSpec, Normalize
+from fmsuite.core.objectives.base import Objective, StepContext, find_objective
+
+
+@dataclass
+class Toy:
+    """A small input, and the options that fit it."""
+
+    spec: InputSpec
+    patch: int
+    coords: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def _channels(count: int, groups: str | None = None) -> tuple[Channel, ...]:
+    return tuple(
+        Channel(name=f"c{i}", mean=0.1 * i, std=1.5, group=groups[i] if groups else None) for i in range(count)
+    )
+
+
+TOYS = {
+    "rgb": Toy(InputSpec(axes=("y", "x"), size=(16, 16), channels=_channels(3)), 4),
+    "thirteen_grouped": Toy(InputSpec(axes=("y", "x"), size=(16, 16), channels=_channels(13, "aabbbabbbccca")), 4),
+    "two_channels": Toy(InputSpec(axes=("y", "x"), size=(16, 16), channels=_channels(2)), 4),
+    "volume": Toy(InputSpec(axes=("z", "y", "x"), size=(8, 8, 8), channels=_channels(1)), 2),
+    "series": Toy(
+        InputSpec(axes=("time", "y", "x"), size=(3, 16, 16), channels=_channels(2)),
+        4,
+        {"time": np.array([8000.0, 8030.5, 8100.0], dtype=np.float32)},
+    ),
+}
+
+SMALL = {
+    "mae": {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2},
+    "dino": {},
+    "ibot": {},
+    "dinov2": {},
+}
+for _name in ("dino", "ibot", "dinov2"):
+    SMALL[_name] = {"local_crops": 2, "prototypes": 32, "head_hidden": 32, "head_bottleneck": 16}
+
+
+def _model(toy: Toy, seed: int = 0, **model) -> VisionTransformer:
+    torch.manual_seed(seed)
+    shape = {"width": 24, "depth": 2, "heads": 2, "patch_size": toy.patch, "positions": "sincos"}
+    return VisionTransformer(ModelConfig(**{**shape, **model}), toy.spec)
+
+
+def _objective(name: str, kind: str = "rgb", *, seed: int = 0, model: dict | None = None, **options) -> Objective:
+    backbone = _model(TOYS[kind], seed, **(model or {}))
+    cls = find_objective(name)
+    return cls(cls.Config(**{**SMALL[name], **options}), backbone)
+
+
+def _raw_view(objective, kind, request, batch, step, seed, invalid) -> View:
+    toy, grid = TOYS[kind], objective.backbone.grid
+    generator = np.random.default_rng([seed, step])
+    size, channels = request.size, len(toy.spec.channels)
+    # Smooth pictures, so that neighbouring patches tell about each other.
+    waves = generator.normal(size=(batch, channels, len(size), 2))
+    ramps = np.meshgrid(*(np.linspace(0, 3, n) for n in size), indexing="ij")
+    pixels = np.zeros((batch, channels, *size), dtype=np.float32)
+    for axis, ramp in enumerate(ramps):
+        frequency, phase = (waves[:, :, axis, part].reshape(batch, channels, *[1] * len(size)) for part in (0, 1))
+        pixels += np.sin(frequency * ramp + 3 * phase).astype(np.float32)
+    valid = None
+    if invalid:
+        valid = np.ones((batch, 1, *size), dtype=bool)
+        valid[..., : size[-1] // 4] = False  # whole patches of nothing
+        valid[:, :, ..., size[-1] // 2] = False  # and a thin line within others
+    return View(
+        torch.from_numpy(pixels),
+        None if valid is None else torch.from_numpy(valid),
+        coords={axis: torch.from_numpy(values).expand(batch, -1) for axis, values in toy.coords.items()},
+        keys=torch.arange(batch),
+    ), grid
+
+
+def _batch(objective, kind="rgb", batch=4, step=0, seed=0, invalid=False, nan=False) -> Batch:
+    views: dict[str, list[View]] = {}
+    requests = objective.view_requests()
+    masked_views = sum(request.count for request in requests if request.mask is not None)
+    number = 0
+    normalize = Normalize(TOYS[kind].spec)
+    for position, request in enumerate(requests):
+        for count in range(request.count):
+            view, grid = _raw_view(objective, kind, request, batch, step, seed + 100 * position + count, invalid)
+            if request.mask is not None:
+                tokens = objective.backbone.layout(view)
+                masks = []
+                for row in range(batch):
+                    valid = np.ones(tokens.num_tokens, bool) if tokens.valid is None else tokens.valid[row].numpy()
+                    context = MaskContext(
+                        grid.token_axes,
+                        grid.shape(request.size),
+                        valid,
+                        np.random.default_rng([seed, step, row, number]),
+                        SampleKey(0, row, step=step, slot=row, slots=batch),
+                        number,
+                        masked_views,
+                    )
+                    masks.append(request.mask(context))
+                view.mask = torch.from_numpy(np.stack(masks))
+                number += 1
+            if nan:
+                view.pixels = torch.where(view.valid, view.pixels, torch.nan)
+            view.pixels = normalize(view.pixels, view.valid)
+            views.setdefault(request.name, []).append(view)
+    return Batch(views, torch.arange(batch), torch.full((batch,), -1))
+
+
+def _train(objective, batches, steps=40, lr=3e-3) -> list[float]:
+    """Losses of a plain AdamW run that follows an objective's life cycle."""
+    objective.train()
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(steps):
+        context = StepContext(step, steps, max(1, steps // 4), 4)
+        loss = objective(batches[step % len(batches)], context)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        objective.before_update(context)
+        optimizer.step()
+        objective.after_update(context)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="session")
+def toys() -> SimpleNamespace:
+    """``kinds`` of input; ``model(kind)``, ``objective(name, kind)``, ``batch(objective, kind)``, ``train(...)``."""
+    return SimpleNamespace(
+        kinds=tuple(TOYS), toys=TOYS, model=_model, objective=_objective, batch=_batch, train=_train, small=SMALL
+    )
+
+
+@pytest.fixture
+def context() -> StepContext:
+    return StepContext(step=2, total_steps=100, steps_per_epoch=10, batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def load(oracles):
+    """Reference numbers by name."""
+    return lambda name: torch.load(oracles / f"{name}.pt", weights_only=True)

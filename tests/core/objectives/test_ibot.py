@@ -1,0 +1,138 @@
+"""iBOT's two terms and centres, against the public implementation and its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fmsuite.core.objectives.base import StepContext
+from fmsuite.core.objectives.self_distillation import masked_patch_loss, other_views_loss
+from fmsuite.core.objectives.sinkhorn import Centre
+from fmsuite.core.training import schedules
+from fmsuite.errors import UsageError
+
+
+def test_both_terms_their_gradients_and_centres_equal_the_reference(load):
+    reference = load("ibot_losses")
+    masks = reference["masks"][:2].reshape(8, 16)
+    centre, patch_centre = Centre(64), Centre(64)
+    temperature = schedules.ramp(0.04, 0.07, 3)
+    for epoch in (0, 5):
+        expected = reference["scalars"][f"iBOTLoss/epoch={epoch}"]
+        cls, local, patches = (
+            reference[name].clone().requires_grad_() for name in ("student_cls", "student_local", "student_patch")
+        )
+        tau = temperature(epoch)
+        targets = centre.assign(reference["teacher_cls"].view(2, 4, 64), tau)
+        class_loss = other_views_loss(torch.cat([cls, local]).view(5, 4, 64), targets, 0.1)
+        patch_targets = patch_centre.assign(reference["teacher_patch"][masks], tau)
+        patch_loss = masked_patch_loss(patches[masks], patch_targets, 0.1, masks)
+        (class_loss + patch_loss).backward()
+        assert class_loss.item() == pytest.approx(expected["cls"], abs=1e-5, rel=1e-6)
+        assert patch_loss.item() == pytest.approx(expected["patch"], abs=1e-5, rel=1e-6)
+        assert cls.grad.norm().item() == pytest.approx(expected["grad_cls"], rel=1e-5)
+        assert patches.grad.norm().item() == pytest.approx(expected["grad_patch"], rel=1e-5)
+        centre.observe(reference["teacher_cls"].sum(0), 8)
+        patch_centre.observe(reference["teacher_patch"].sum((0, 1)), 8 * 16)
+        for each, key in ((centre, "center"), (patch_centre, "center2")):
+            each.update()
+            assert each.center.norm().item() == pytest.approx(expected[key], rel=1e-5)
+    torch.testing.assert_close(centre.center, reference["center"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patch_centre.center, reference["center2"][0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("invalid", [False, True])
+@pytest.mark.parametrize("patch_head", ["shared", "separate"])
+def test_the_forward_pass_equals_its_definition(toys, patch_head, invalid):
+    objective = toys.objective("ibot", patch_head=patch_head, mask_share=0.8).train()
+    objective.centre.center.normal_()
+    objective.patch_centre.center.normal_()
+    before = objective.patch_centre.center.clone()
+    context = StepContext(step=1, total_steps=10, steps_per_epoch=1, batch_size=4)
+    batch = toys.batch(objective, invalid=invalid)
+    head, teacher_head = objective.heads()[-1]
+    assert (head is objective.head) == (patch_head == "shared")
+    tau = schedules.ramp(0.04, 0.07, 30)(1)
+    terms, everything, masked = [], [], 0
+    for name in ("global", "global_second"):
+        view = batch.views[name][0]
+        student = objective.backbone(view, mask=view.mask)
+        teacher = objective.teacher(view)
+        for row in range(4):
+            tokens = (
+                teacher.patches[row]
+                if teacher.layout.valid is None
+                else teacher.patches[row, teacher.layout.valid[row]]
+            )
+            everything.append(teacher_head(tokens))
+            losses = []
+            for token in view.mask[row].nonzero().flatten().tolist():
+                target = torch.softmax((teacher_head(teacher.patches[row, token]) - before[0]) / tau, -1)
+                losses.append(-(target * torch.log_softmax(head(student.patches[row, token]) / 0.1, -1)).sum())
+            terms.append(torch.stack(losses).mean() if losses else torch.zeros(()))
+            masked += bool(losses)
+    assert 2 < masked < 8
+    losses = objective(batch, context)
+    torch.testing.assert_close(losses["patch"], torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses["loss"], losses["class"] + losses["patch"])
+    objective.after_update(context)
+    mean = torch.cat(everything).mean(0, keepdim=True)
+    torch.testing.assert_close(objective.patch_centre.center, 0.9 * before + 0.1 * mean, atol=1e-5, rtol=1e-5)
+
+
+def test_the_class_term_reads_the_masked_student_and_the_whole_teacher(toys, context):
+    objective = toys.objective("ibot", local_crops=0, mask_share=1.0).eval()
+    batch = toys.batch(objective)
+    views = [batch.views["global"][0], batch.views["global_second"][0]]
+    tau = schedules.ramp(0.04, 0.07, 300)(2)
+    terms = []
+    for t, s in ((0, 1), (1, 0)):
+        target = torch.softmax(objective.teacher_head(objective.teacher(views[t]).cls) / tau, -1)
+        student = objective.head(objective.backbone(views[s], mask=views[s].mask).cls)
+        terms.append(-(target * torch.log_softmax(student / 0.1, -1)).sum(-1).mean())
+    torch.testing.assert_close(objective(batch, context)["class"], sum(terms) / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch_head", ["shared", "separate"])
+@pytest.mark.parametrize("name", ["ibot", "dinov2"])
+def test_a_batch_without_masks_has_a_patch_term_of_zero_that_reaches_every_head(toys, context, name, patch_head):
+    objective = toys.objective(name, patch_head=patch_head)
+    batch = toys.batch(objective)
+    for key in ("global", "global_second"):
+        batch.views[key][0].mask.zero_()
+    losses = objective(batch, context)
+    losses["loss"].backward()
+    assert losses["patch"].item() == 0
+    assert losses["class"].item() > 0
+    # Otherwise data-parallel training would wait for gradients that never come.
+    for head, _ in objective.heads():
+        assert all(p.grad is not None for p in head.parameters() if p.requires_grad)
+
+
+def test_an_invalid_token_marked_as_masked_is_no_target(toys, context):
+    objective = toys.objective("ibot").eval()
+    batch = toys.batch(objective, invalid=True)
+    expected = objective(batch, context)["loss"].item()
+    for key in ("global", "global_second"):
+        view = batch.views[key][0]
+        view.mask = view.mask | ~objective.backbone.layout(view).valid
+    assert objective(batch, context)["loss"].item() == expected
+
+
+def test_unsuitable_options_are_refused_before_training(toys):
+    with pytest.raises(UsageError, match="mask none"):
+        toys.objective("ibot", mask_ratio=(0.0, 0.05))
+    with pytest.raises(UsageError, match="patch_head=separate"):
+        toys.objective("ibot", patch_prototypes=16)
+    with pytest.raises(UsageError, match="alike along 'time'"):
+        toys.objective("ibot", alike=("time",))
+    assert toys.objective("ibot", patch_head="separate", patch_prototypes=16).patch_centre.center.shape == (1, 16)
+
+
+def test_a_backbone_that_cannot_mask_tokens_is_refused_by_name(toys):
+    from fmsuite.core.objectives.ibot import IBOT, IBOTConfig
+
+    backbone = toys.model(toys.toys["rgb"])
+    backbone.can_mask_tokens = False
+    with pytest.raises(UsageError, match=r"mask tokens; VisionTransformer cannot"):
+        IBOT(IBOTConfig(prototypes=8), backbone)

@@ -1,0 +1,199 @@
+"""MAE against the public implementation, and what it does with masked and invalid pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.positions import sincos_positions
+from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.data.sample import Batch, View
+from fmsuite.core.inputs import InputSpec, rgb_channels
+from fmsuite.core.masking import keep_ids
+from fmsuite.core.objectives.mae import MAE, MAEConfig
+from fmsuite.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def reference(load):
+    """The tiny model of the reference: its weights by name, images, mask, losses."""
+    data = load("mae_objective")
+    sizes = [torch.Size(shape).numel() for shape in data["shapes"]]
+    parts = zip(data["names"], data["weights"].split(sizes), data["shapes"], strict=True)
+    return {**data, "state_dict": {name: values.view(shape) for name, values, shape in parts}}
+
+
+def reference_model(reference, norm_pix):
+    spec = InputSpec(axes=("y", "x"), size=(32, 32), channels=rgb_channels())
+    model = ModelConfig(width=64, depth=2, heads=4, patch_size=8, positions="sincos")
+    config = MAEConfig(norm_pix=norm_pix, decoder_width=32, decoder_depth=1, decoder_heads=2)
+    objective = MAE(config, VisionTransformer(model, spec))
+    weights = dict(reference["state_dict"])
+    table = weights.pop("pos_embed")
+    decoder_table = weights.pop("decoder_pos_embed")
+    layout = objective.grid.layout((32, 32))
+    torch.testing.assert_close(sincos_positions(layout, 64), table[0, 1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sincos_positions(layout, 32), decoder_table[0, 1:], atol=1e-5, rtol=0)
+    assert not table[0, 0].any()
+    own = {name: name if name.startswith(("decoder", "mask_token")) else f"backbone.{name}" for name in weights}
+    result = objective.load_state_dict({own[name]: value for name, value in weights.items()}, strict=False)
+    assert result.unexpected_keys == []
+    assert result.missing_keys == ["backbone.mask_token"]
+    return objective, {target: name for name, target in own.items()}
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_loss_prediction_and_every_gradient_equal_the_reference(reference, norm_pix, context):
+    objective, names = reference_model(reference, norm_pix)
+    # The reference keeps the tokens whose noise is smallest.
+    kept = reference["noise"].argsort(1)[:, :4]
+    mask = torch.ones(4, 16, dtype=torch.bool).scatter(1, kept, False)
+    assert torch.equal(mask, reference["mask"])
+    view = View(reference["images"], mask=mask)
+    prediction, _ = objective.predict(view)
+    torch.testing.assert_close(prediction[0], reference["pred"], atol=1e-5, rtol=1e-5)
+    loss = objective(Batch({"image": [view]}, torch.arange(4), torch.zeros(4)), context)["loss"]
+    expected = reference["normalised" if norm_pix else "raw"]
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-5)
+    loss.backward()
+    rows = dict(zip(reference["grad_names"], expected["grads"], strict=True))
+    found = {names[name]: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    assert found.keys() == rows.keys()
+    for name, grad in found.items():
+        # Two fixed projections and the norm of the reference's gradient.
+        flat = grad.flatten().double()
+        number = torch.arange(len(flat), dtype=torch.float64)
+        dots = [(flat * torch.cos(0.37 * number + 0.1)).sum(), (flat * torch.cos(1.71 * number + 0.7)).sum()]
+        torch.testing.assert_close(torch.stack([*dots, flat.norm()]), rows[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rgb", "thirteen_grouped", "volume", "series"])
+def test_pixels_of_masked_patches_never_reach_the_encoder(toys, kind):
+    objective = toys.objective("mae", kind).eval()
+    view = toys.batch(objective, kind).views["image"][0]
+    hidden = objective.grid.unpatchify(
+        view.mask[..., None].expand(-1, -1, objective.grid.patch_values).float(), view.pixels.shape[2:]
+    ).bool()
+    other = replace(view, pixels=torch.where(hidden, torch.randn_like(view.pixels), view.pixels))
+    assert not torch.equal(other.pixels, view.pixels)
+    ids, keep_valid = keep_ids(view.mask)
+    first, second = (objective.backbone(v, keep=ids, keep_valid=keep_valid) for v in (view, other))
+    assert torch.equal(first.patches, second.patches)
+    assert torch.equal(first.cls, second.cls)
+    assert torch.equal(objective.predict(view)[0], objective.predict(other)[0])
+
+
+@pytest.mark.parametrize("kind", ["rgb", "thirteen_grouped", "volume", "series"])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_invalid_pixels_are_neither_context_nor_target(toys, kind, norm_pix, context):
+    objective = toys.objective("mae", kind, norm_pix=norm_pix)
+    clean = toys.batch(objective, kind, invalid=True)
+    view = clean.views["image"][0]
+    tokens = objective.backbone.layout(view).valid
+    assert not tokens.all()
+    assert tokens.any(1).all()
+    assert not (view.mask & ~tokens).any()
+    # What stands at invalid tokens is of no consequence, even before normalisation clears it.
+    junk = torch.randn_like(view.pixels) * 1e3
+    token_pixels = objective.grid.unpatchify(
+        tokens[..., None].expand(-1, -1, objective.grid.patch_values).float(), view.pixels.shape[2:]
+    ).bool()
+    dirty = Batch({"image": [replace(view, pixels=torch.where(token_pixels, view.pixels, junk))]}, *2 * [clean.indices])
+    assert objective(clean, context)["loss"].item() == objective(dirty, context)["loss"].item()
+
+
+def test_an_invalid_token_marked_as_masked_is_not_a_target(toys, context):
+    objective = toys.objective("mae")
+    batch = toys.batch(objective, invalid=True)
+    expected = objective(batch, context)["loss"].item()
+    view = batch.views["image"][0]
+    view.mask = view.mask | ~objective.backbone.layout(view).valid
+    assert objective(batch, context)["loss"].item() == expected
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("kind", ["rgb", "thirteen_grouped"])
+def test_the_loss_equals_a_loop_over_patches_and_valid_values(toys, kind, norm_pix):
+    objective = toys.objective("mae", kind, norm_pix=norm_pix)
+    view = toys.batch(objective, kind, invalid=True).views["image"][0]
+    grid, generator = objective.grid, torch.Generator().manual_seed(0)
+    tokens = objective.backbone.layout(view).num_tokens
+    prediction = torch.randn(4, tokens, grid.patch_values, generator=generator)
+    errors = []
+    for b, t in view.mask.nonzero().tolist():
+        group, place = divmod(t, 16)
+        row, column = divmod(place, 4)
+        values, position = [], 0
+        for y in range(4):
+            for x in range(4):
+                for channel in grid.groups[group]:
+                    if view.valid[b, 0, 4 * row + y, 4 * column + x]:
+                        pixel = view.pixels[b, channel, 4 * row + y, 4 * column + x].item()
+                        values.append((pixel, prediction[b, t, position].item()))
+                    position += 1
+        target = torch.tensor([v for v, _ in values], dtype=torch.float64)
+        if norm_pix:
+            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+        guess = torch.tensor([p for _, p in values], dtype=torch.float64)
+        errors.append(((guess - target) ** 2).mean().item())
+    loss = objective.reconstruction_loss(view, prediction, view.mask)
+    assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_a_batch_without_valid_tokens_in_one_sample_stays_finite(toys, context):
+    objective = toys.objective("mae", model={"cls_token": False})
+    batch = toys.batch(objective, invalid=True)
+    view = batch.views["image"][0]
+    view.valid[0] = False
+    view.mask[0] = False
+    loss = objective(batch, context)["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_the_reconstruction_keeps_visible_pixels_and_a_perfect_prediction_gives_the_input(toys, norm_pix, monkeypatch):
+    objective = toys.objective("mae", "thirteen_grouped", norm_pix=norm_pix)
+    batch = toys.batch(objective, "thirteen_grouped")
+    view = batch.views["image"][0]
+    picture = objective.reconstruct(batch)
+    patches, shown = objective.grid.patchify(view.pixels), objective.grid.patchify(picture)
+    assert torch.equal(shown[~view.mask], patches[~view.mask])
+    assert not torch.allclose(shown[view.mask], patches[view.mask], atol=1e-2)
+    target, _, mean, spread = objective._target(view)
+    perfect = (target - mean) / spread if norm_pix else target
+    monkeypatch.setattr(objective, "predict", lambda view: (perfect, view.mask))
+    torch.testing.assert_close(objective.reconstruct(batch), view.pixels, atol=1e-5, rtol=1e-5)
+
+
+def test_the_view_asked_for_follows_the_options(toys):
+    request = toys.objective("mae", "series", masking="block", alike=("time",), scale=(0.3, 0.9)).view_requests()[0]
+    assert request.size == (3, 16, 16)
+    assert request.scale == (0.3, 0.9)
+    assert type(request.mask).__name__ == "BlockMasking"
+    assert request.mask.alike == ("time",)
+    assert toys.objective("mae", size=8).view_requests()[0].size == (8, 8)
+
+
+def test_unsuitable_options_are_refused_before_training(toys):
+    with pytest.raises(UsageError, match="cannot be cut"):
+        toys.objective("mae", size=10)
+    with pytest.raises(UsageError, match="decoder_heads 5"):
+        toys.objective("mae", decoder_heads=5)
+    with pytest.raises(UsageError, match="leaves 0 of 16 tokens"):
+        toys.objective("mae", mask_ratio=0.95)
+    with pytest.raises(UsageError, match="alike along 'time'"):
+        toys.objective("mae", alike=("time",))
+    with pytest.raises(UsageError, match="physical"):
+        toys.objective("mae", decoder_position_units="physical")
+
+
+def test_a_backbone_that_cannot_drop_tokens_is_refused_by_name(toys):
+    backbone = toys.model(toys.toys["rgb"])
+    backbone.can_drop_tokens = False
+    with pytest.raises(UsageError, match="VisionTransformer cannot"):
+        MAE(MAEConfig(), backbone)

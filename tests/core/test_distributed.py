@@ -1,0 +1,53 @@
+"""In a single process every collective is the identity."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fmsuite.core import distributed
+
+
+def test_one_process_is_rank_zero_of_one() -> None:
+    assert not distributed.active()
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+
+
+def test_collectives_are_the_identity() -> None:
+    value = torch.arange(6.0).view(3, 2).requires_grad_()
+    assert distributed.all_sum(value) is value
+    assert torch.equal(distributed.all_mean(value), value)
+    assert distributed.gather_rows(value) is value
+    assert distributed.from_main({"a": 1}) == {"a": 1}
+    distributed.barrier()
+
+
+def test_no_group_is_joined_outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed.process_group(torch.device("cpu")):
+        assert not distributed.active()
+    assert distributed.local_rank() == 0
+
+
+def test_a_group_of_one_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "RANK" in os.environ
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with distributed.process_group(torch.device("cpu")):
+            assert distributed.active()
+            value = torch.arange(4.0).view(2, 2).requires_grad_()
+            gathered = distributed.gather_rows(value)
+            (gathered * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+            assert torch.equal(value.grad, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+            assert torch.equal(distributed.all_mean(value), value.detach())
+            assert distributed.from_main("x") == "x"
+        assert distributed.active()  # A group that someone else made is left alone.
+    finally:
+        dist.destroy_process_group()

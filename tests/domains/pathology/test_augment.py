@@ -1,0 +1,163 @@
+"""Variations of stained tissue."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fmsuite.core.data.sample import ArraySample
+from fmsuite.core.seeding import generator
+from fmsuite.domains.base import load_domain
+from fmsuite.domains.pathology.augment import (
+    HED_FROM_STAIN,
+    StainedTissueAugmentation,
+    hed_to_rgb,
+    rgb_to_hed,
+    stain_jitter,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def every_colour() -> np.ndarray:
+    axis = np.arange(0, 256, 5)
+    return np.stack(np.meshgrid(axis, axis, axis), -1).reshape(52, -1, 3).astype(np.uint8)
+
+
+def test_deconvolution_solves_the_absorbance_equation_of_each_pixel() -> None:
+    matrix = HED_FROM_STAIN / np.sqrt((HED_FROM_STAIN**2).sum(axis=1))[:, None]
+    for pixel in ((215, 140, 180), (110, 80, 140), (0, 0, 0), (255, 255, 255), (120, 90, 40)):
+        absorbance = [-np.log((v + 1) / 256) for v in pixel]
+        assert np.allclose(rgb_to_hed(np.array(pixel)), np.linalg.solve(matrix.T, absorbance), atol=1e-12)
+
+
+def test_a_pure_stain_has_no_part_in_the_others() -> None:
+    for number in range(3):
+        amount = np.zeros(3)
+        amount[number] = 0.8
+        assert np.allclose(rgb_to_hed(hed_to_rgb(amount)), amount, atol=1e-12)
+
+
+def test_round_trip_is_exact_for_every_byte(every_colour: np.ndarray) -> None:
+    assert np.array_equal(np.rint(hed_to_rgb(rgb_to_hed(every_colour))), every_colour)
+    assert np.abs(hed_to_rgb(rgb_to_hed(every_colour)) - every_colour).max() < 1e-9
+
+
+def test_jitter_with_gain_one_and_no_shift_changes_nothing(every_colour: np.ndarray) -> None:
+    assert np.array_equal(stain_jitter(every_colour, np.ones(3), np.zeros(3)), every_colour)
+
+
+def test_jitter_is_the_written_formula(every_colour: np.ndarray) -> None:
+    gain, shift = np.array([1.15, 0.9, 1.02]), np.array([0.02, -0.01, 0.005])
+    expected = np.clip(np.rint(hed_to_rgb(rgb_to_hed(every_colour) * gain + shift)), 0, 255)
+    assert np.abs(stain_jitter(every_colour, gain, shift).astype(int) - expected).max() <= 1
+
+
+def test_gain_leaves_glass_white_and_darkens_only_its_stain() -> None:
+    white = np.full((2, 2, 3), 255, np.uint8)
+    assert (stain_jitter(white, np.array([1.3, 0.7, 1.2]), np.zeros(3)) == 255).all()
+    eosin = np.rint(hed_to_rgb(np.array([0.0, 0.6, 0.0]))).astype(np.uint8).reshape(1, 1, 3)
+    assert np.abs(stain_jitter(eosin, np.array([1.5, 1.0, 1.0]), np.zeros(3)).astype(int) - eosin).max() <= 1
+    assert stain_jitter(eosin, np.array([1.0, 1.5, 1.0]), np.zeros(3))[0, 0, 1] < eosin[0, 0, 1] - 20
+
+
+def marked(height: int = 24, width: int = 24) -> ArraySample:
+    """Every pixel differs, and the validity and the map say so too."""
+    number = np.arange(height * width).reshape(height, width)
+    values = np.stack([number % 256, number // 256, (number * 7) % 256]).astype(np.uint8)
+    return ArraySample(values, valid=(number % 5 > 0)[None], maps={"id": number})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(24, 24), (16, 24)]))
+def test_turns_move_validity_and_maps_with_the_pixels(seed: int, size: tuple[int, int]) -> None:
+    sample = marked(*size)
+    turned = StainedTissueAugmentation().after_crop(sample, "weak", False, generator(seed))
+    assert turned.size == size
+    number = turned.maps["id"]
+    assert sorted(number.reshape(-1)) == list(range(size[0] * size[1]))
+    assert np.array_equal(turned.values[0], number % 256)
+    assert np.array_equal(turned.values[1], number // 256)
+    assert turned.valid is not None
+    assert np.array_equal(turned.valid[0], number % 5 > 0)
+
+
+def test_all_eight_symmetries_of_a_square_appear_and_four_of_a_rectangle() -> None:
+    augmentation = StainedTissueAugmentation()
+    for size, count in (((24, 24), 8), ((16, 24), 4)):
+        seen = {
+            augmentation.after_crop(marked(*size), "weak", False, generator(seed)).maps["id"].tobytes()
+            for seed in range(120)
+        }
+        assert len(seen) == count
+
+
+def test_strong_moves_geometry_like_weak_and_keeps_type_and_size(tissue: np.ndarray) -> None:
+    sample = ArraySample(np.moveaxis(tissue[:64, :64], -1, 0), maps={"id": np.arange(64 * 64).reshape(64, 64)})
+    augmentation = StainedTissueAugmentation()
+    for seed in range(10):
+        weak = augmentation.after_crop(sample, "weak", False, generator(seed))
+        strong = augmentation.after_crop(sample, "strong", False, generator(seed))
+        assert np.array_equal(weak.maps["id"], strong.maps["id"])
+        assert strong.values.dtype == np.uint8
+        assert strong.values.shape == sample.values.shape
+        assert not np.array_equal(weak.values, strong.values)
+        # Structure stays: the varied picture is still a monotone image of the same tissue.
+        assert np.corrcoef(weak.values.mean(0).ravel(), strong.values.mean(0).ravel())[0, 1] > 0.9
+
+
+def test_none_changes_nothing() -> None:
+    sample = marked()
+    assert StainedTissueAugmentation().after_crop(sample, "none", False, generator(0)) is sample
+
+
+def test_same_generator_same_picture_whatever_came_before(tissue: np.ndarray) -> None:
+    sample = ArraySample(np.ascontiguousarray(np.moveaxis(tissue[:64, :64], -1, 0)))
+    first = StainedTissueAugmentation()
+    pictures = [first.after_crop(sample, "strong", False, generator(1, seed)).values for seed in range(12)]
+    second = StainedTissueAugmentation()
+    for seed in reversed(range(12)):
+        np.random.seed(seed)  # noqa: NPY002 - the global state must not matter
+        again = second.after_crop(sample, "strong", False, generator(1, seed)).values
+        assert np.array_equal(pictures[seed], again)
+    assert len({picture.tobytes() for picture in pictures}) == 12
+
+
+def test_colour_stays_near_and_no_picture_is_inverted(tissue: np.ndarray) -> None:
+    sample = ArraySample(np.ascontiguousarray(np.moveaxis(tissue[:64, :64], -1, 0)))
+    before = sample.values.mean(axis=(1, 2))
+    for seed in range(60):
+        after = StainedTissueAugmentation().after_crop(sample, "strong", bool(seed % 2), generator(seed)).values
+        assert np.abs(after.mean(axis=(1, 2)) - before).max() < 50
+        assert after[1].mean() < after[0].mean()
+
+
+def test_greyscale_is_off_unless_asked_for(tissue: np.ndarray) -> None:
+    sample = ArraySample(np.ascontiguousarray(np.moveaxis(tissue[:32, :32], -1, 0)))
+
+    def grey(augmentation: StainedTissueAugmentation) -> int:
+        pictures = [augmentation.after_crop(sample, "strong", False, generator(s)).values for s in range(30)]
+        return sum(bool((p[0] == p[1]).all() and (p[1] == p[2]).all()) for p in pictures)
+
+    assert grey(StainedTissueAugmentation()) == 0
+    assert grey(StainedTissueAugmentation(greyscale=1.0)) == 30
+
+
+def test_the_second_view_is_blurred_less_often(tissue: np.ndarray) -> None:
+    sample = ArraySample(np.ascontiguousarray(np.moveaxis(tissue[:64, :64], -1, 0)))
+    augmentation = StainedTissueAugmentation(stain_gain=0, stain_shift=0, colour=0, blur_sigma=(1.0, 1.0))
+
+    def blurred(second: bool) -> int:
+        changed = 0
+        for seed in range(60):
+            weak = augmentation.after_crop(sample, "weak", second, generator(seed)).values
+            strong = augmentation.after_crop(sample, "strong", second, generator(seed)).values
+            changed += int(not np.array_equal(weak, strong))
+        return changed
+
+    assert 18 <= blurred(False) <= 42
+    assert blurred(True) <= 15
+
+
+def test_the_plugin_is_found_by_its_name() -> None:
+    assert load_domain("pathology").name == "pathology"

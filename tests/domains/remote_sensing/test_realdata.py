@@ -1,0 +1,92 @@
+"""Real rasters: an optical and a radar chip, a drawer of unusual GeoTIFFs, a MODIS series."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyproj
+import pytest
+import rasterio
+
+from fmsuite.domains.remote_sensing.raster import SUFFIXES
+
+pytestmark = pytest.mark.realdata
+
+
+def test_a_sentinel2_chip_of_thirteen_bands(real_data, make_index):
+    folder = real_data / "remote_sensing" / "sen1floods11_sample" / "S2"
+    domain, index, skipped = make_index(folder, sensor="sentinel2-l1c")
+    assert not skipped.entries
+    assert len(index) == 64
+    spec = domain.input_spec(index)
+    assert spec.channel_names[:3] == ("B1", "B2", "B3")
+    with rasterio.open(next(folder.glob("*.tif"))) as dataset:
+        whole = dataset.read().astype(float)
+        middle = dataset.xy(255.5, 255.5)
+        degrees = dataset.res
+    reflectance = np.where(whole != 0, whole, np.nan) * 1e-4
+    for channel, band in zip(spec.channels, reflectance):
+        assert channel.mean == pytest.approx(np.nanmean(band), rel=0.02)
+    geod = pyproj.Geod(ellps="WGS84")
+    east = geod.inv(middle[0], middle[1], middle[0] + degrees[0], middle[1])[2]
+    north = geod.inv(middle[0], middle[1] - degrees[1] / 2, middle[0], middle[1] + degrees[1] / 2)[2]
+    assert spec.spacing == pytest.approx((north, east), rel=1e-5)
+
+
+def test_a_sentinel1_chip_of_two_bands(real_data, make_index):
+    folder = real_data / "remote_sensing" / "sen1floods11_sample" / "S1"
+    domain, index, skipped = make_index(folder, sensor="sentinel1", gsd=10)
+    assert not skipped.entries
+    spec = domain.input_spec(index)
+    assert spec.channel_names == ("VV", "VH")
+    assert -30 < spec.channels[1].mean < spec.channels[0].mean < 0
+    reader = domain.reader(index)
+    assert all(np.isfinite(reader.read(index[row]).values).all() for row in range(len(index)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gsd": 1000.0, "size": 32},
+        {"sensor": "sentinel2-l1c"},
+        {"sensor": "naip"},
+        {"bands": ("red", "blue")},
+    ],
+    ids=["generic", "gsd", "sentinel2", "naip", "red-blue"],
+)
+@pytest.mark.parametrize("folder", ["geotiff_formats", "sen1floods11_sample", "eolearn_patch"])
+def test_every_file_is_indexed_or_skipped_with_a_reason(real_data, make_index, folder, options):
+    root = real_data / "remote_sensing" / folder
+    domain, index, skipped = make_index(root, **options)
+    files = {str(path) for path in root.rglob("*") if path.suffix in SUFFIXES}
+    assert set(index.sources) | {entry.path for entry in skipped.entries} == files
+    assert all(len(entry.reason) > 30 for entry in skipped.entries)
+    reader = domain.reader(index)
+    for row in range(0, len(index), max(1, len(index) // 20)):
+        sample = reader.read(index[row])
+        assert sample.valid.mean() >= 0.5
+        assert np.isfinite(sample.values).all()
+
+
+def test_a_file_with_an_internal_mask(real_data, make_index):
+    path = real_data / "remote_sensing" / "geotiff_formats" / "riotiler_cog_rgb_mask.tif"
+    domain, index, _ = make_index(path, size=32, min_valid=0.1)
+    with rasterio.open(path) as dataset:
+        mask = dataset.dataset_mask() > 0
+    reader = domain.reader(index)
+    for row in range(len(index)):
+        window = index[row]
+        top, left = (int(place) for place in window.position)
+        sample = reader.read(window)
+        np.testing.assert_array_equal(sample.valid.all(0), mask[top : top + 32, left : left + 32])
+
+
+def test_twelve_months_of_modis_in_sinusoidal_coordinates(real_data, make_index):
+    domain, index, skipped = make_index(real_data / "remote_sensing" / "modis_ndvi_series", series=True, size=32)
+    assert not skipped.entries
+    assert index.groups == ["TERRA_MODIS_012010_NDVI_"]
+    sample = domain.reader(index).read(index[0])
+    assert sample.values.shape == (1, 12, 32, 32)
+    assert sample.coords["time"][0] == 5005  # 2013-09-14
+    assert (np.diff(sample.coords["time"]) > 0).all()
+    assert domain.input_spec(index).spacing == pytest.approx((1.0, 231.656, 231.656), abs=1e-3)
