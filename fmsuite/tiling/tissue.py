@@ -170,9 +170,10 @@ def _black_outside(rgb: np.ndarray) -> np.ndarray:
 def _ink(absorbance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Blue, green and red marker: what is certainly ink, and what may be beside such.
 
-    Of the stains in use none absorbs red much more than green (haematoxylin comes nearest, at a ratio of up to 1.15, but
-    absorbs at least 0.4 times as much blue, where blue ink absorbs hardly any), and none that lets red through absorbs blue like green (eosin absorbs a third to two thirds as much blue; DAB
-    absorbs more blue than green, and red as well).
+    Of the stains in use none absorbs red much more than green: haematoxylin comes nearest, at a ratio of up to 1.15,
+    but it absorbs at least 0.4 times as much blue, where blue ink absorbs hardly any. And none that lets red through
+    absorbs blue like green: eosin absorbs a third to two thirds as much blue; DAB absorbs more blue than green, and
+    red as well.
     """
     red, green, blue = np.moveaxis(absorbance, -1, 0)
     cool = (red > 1.35 * green + 0.08) & (red > 0.2)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fmsuite.tiling.grid import box_shares, integral_image, window_grid, window_starts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from fmsuite.tiling.grid import box_shares, integral_image, window_grid, window_starts
 
 lengths = st.integers(1, 60)
 sizes = st.integers(1, 25)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from fmsuite.tiling.preview import CONTOUR, WINDOW, contact_sheet, draw_windows, outline
 from PIL import Image
+
+from fmsuite.tiling.preview import CONTOUR, WINDOW, contact_sheet, draw_windows, outline
 
 
 def test_windows_and_contour_stand_where_they_should() -> None:

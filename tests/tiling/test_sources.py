@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from fmsuite.errors import UsageError
 from fmsuite.tiling.sources import find_files
 

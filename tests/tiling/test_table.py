@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.tiling.table import join_tables, window_table
 

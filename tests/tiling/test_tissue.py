@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fmsuite.tiling.tissue import TissueConfig, find_tissue, glass_colour
 from PIL import Image
 from scipy import ndimage
+
+from fmsuite.tiling.tissue import TissueConfig, find_tissue, glass_colour
 
 MPP = (8.0, 8.0)
 EOSIN = (215, 140, 180)

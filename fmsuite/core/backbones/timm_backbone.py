@@ -156,7 +156,7 @@ def create_timm(
         options: for the model's constructor.
 
     Raises:
-        UsageError: for an unknown name.
+        UsageError: for an unknown name, or a size that the model cannot have.
         FmsuiteError: if the weights cannot be fetched.
     """
     if not name.startswith("hf-hub:") and not timm.is_model(name.partition(".")[0]):
@@ -171,11 +171,13 @@ def create_timm(
             # Only transformers know img_size and dynamic_img_size; their constructors are the only way to ask.
             if not any(key in str(error) for key in ("dynamic_img_size", "img_size")):
                 raise
+        except (AssertionError, ValueError) as error:
+            raise UsageError(f"The timm model '{name}' cannot be built for inputs of {size}: {error}") from error
         except (OSError, RuntimeError) as error:
-            if not pretrained:
-                raise
+            if not pretrained or "tag" in str(error):
+                raise UsageError(f"The timm model '{name}' cannot be built: {error}") from error
             raise FmsuiteError(
-                f"The weights of '{name}' could not be fetched: {error}.",
+                f"The weights of '{name}' could not be fetched: {str(error).rstrip('.')}.",
                 f"Without network access, fetch the file elsewhere and give {PREFIX}NAME@FILE.",
             ) from error
     raise UsageError(f"The timm model '{name}' cannot be built with {options}.")

@@ -70,15 +70,23 @@ def to_timm(model: VisionTransformer, pooling: str = "cls") -> TimmLayout:
         state["pos_embed"] = state["pos_embed"][:, 1:]
         cls_row = False
         folded.append("the class token's position, added to the token")
+    layer_scale = config.layer_scale
+    if config.mlp == "swiglu" and layer_scale is None:
+        # create_model drops arguments that are None, so that a model made with LayerScale keeps it.
+        layer_scale = 1.0
+        one = torch.ones(model.width, dtype=model.norm.weight.dtype, device=model.norm.weight.device)
+        state |= {f"blocks.{i}.ls{branch}.gamma": one.clone() for i in range(model.depth) for branch in (1, 2)}
+        folded.append("LayerScale of 1, which timm's gated model always has")
     equal = config.model_copy(
         update={
             "positions": "none" if config.positions == "none" else "learned",
             "positions_cls": cls_row,
             "position_widths": None,
+            "layer_scale": layer_scale,
             "weights": None,
         }
     )
-    return TimmLayout(_name(model), _arguments(model, cls_row, pooling), state, equal, tuple(folded))
+    return TimmLayout(_name(model), _arguments(model, equal, pooling), state, equal, tuple(folded))
 
 
 def _name(model: VisionTransformer) -> str:
@@ -90,8 +98,8 @@ def _name(model: VisionTransformer) -> str:
     return name if timm.is_model(name) else _GELU_MODEL
 
 
-def _arguments(model: VisionTransformer, cls_row: bool, pooling: str) -> dict[str, Any]:
-    config, size = model.config, model.config.size
+def _arguments(model: VisionTransformer, config: ModelConfig, pooling: str) -> dict[str, Any]:
+    size = config.size
     assert model.grid is not None
     hidden = mlp_hidden(size.width, size.mlp_ratio, config.mlp) * (2 if config.mlp == "swiglu" else 1)
     return {
@@ -111,7 +119,7 @@ def _arguments(model: VisionTransformer, cls_row: bool, pooling: str) -> dict[st
         "class_token": config.cls_token,
         "reg_tokens": config.registers,
         "pos_embed": "none" if config.positions == "none" else "learn",
-        "no_embed_class": not cls_row,
+        "no_embed_class": not config.positions_cls,
     }
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.layers import mlp_hidden
 from fmsuite.core.backbones.positions import resample_table
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal
@@ -50,8 +51,13 @@ def transfer(source: Backbone, target: Backbone, origin: str) -> None:
     load_equal(target, state, origin)
 
 
+def _widths(model: VisionTransformer) -> tuple[int, int, int, int]:
+    size = model.config.size
+    return size.width, size.depth, size.heads, mlp_hidden(size.width, size.mlp_ratio, model.config.mlp)
+
+
 def _check_shape(source: VisionTransformer, target: VisionTransformer, origin: str) -> None:
-    pairs: list[tuple[str, object, object]] = [("shape", source.config.size, target.config.size)]
+    pairs: list[tuple[str, object, object]] = [("shape (width, depth, heads, MLP)", _widths(source), _widths(target))]
     pairs += [(key, getattr(source.config, key), getattr(target.config, key)) for key in _SHAPE]
     pairs.append(("layer_scale", source.config.layer_scale is not None, target.config.layer_scale is not None))
     pairs.append(("axes", source.spec.axes, target.spec.axes))

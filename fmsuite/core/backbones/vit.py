@@ -120,10 +120,10 @@ class VisionTransformer(Backbone):
         """Recompute each block in the backward pass instead of storing its activations."""
         self._checkpointing = enabled
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block in place with ``torch.compile``; parameter names do not change."""
         for block in self.blocks:
-            block.compile()
+            block.compile(backend=backend)
 
     def forward(
         self,

@@ -88,6 +88,12 @@ class _Axis:
         self.resamples = not (self.aligned and self.high - self.low == size)
 
     @property
+    def fits_torch(self) -> bool:
+        """Whether torch's resize can be used: it takes whole samples only, and of planes that are one sample wide
+        (torch 2.15) its kernels give wrong values in float32 and an internal error in 8 bits."""
+        return self.aligned and self.high - self.low > 1 and self.size > 1
+
+    @property
     def slice(self) -> slice:
         return slice(self.low, self.high)
 
@@ -122,7 +128,7 @@ def _resample(values: Array, axes: list[_Axis]) -> Array:
     changing = [number for number, axis in enumerate(axes) if axis.resamples]
     if not changing:
         return cut
-    plane = len(axes) >= 2 and all(axis.aligned for axis in axes[-2:]) and changing[-1] >= len(axes) - 2
+    plane = len(axes) >= 2 and changing[-1] >= len(axes) - 2 and all(axis.fits_torch for axis in axes[-2:])
     in_plane_only = all(number >= len(axes) - 2 for number in changing)
     # torch's own 8-bit kernel mixes in integers, several times as fast as through float32.
     eight_bit = cut.dtype == np.uint8 and plane and in_plane_only

@@ -9,8 +9,8 @@ from torch import Tensor
 
 RANK_FLOOR = 1.5
 """A RankMe below this is a collapse whatever it was before, if the features lie around the origin at all."""
-RANK_SHARE = 0.5
-"""Share of its starting value below which RankMe is reported."""
+RANK_SHARE = 0.25
+"""Share of its starting value below which RankMe is reported; healthy runs lose some of it in their first steps."""
 STD_FLOOR = 1e-3
 """A feature spread below this is a collapse whatever it was before."""
 STD_SHARE = 0.1

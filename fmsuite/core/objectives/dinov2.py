@@ -42,7 +42,8 @@ class DINOv2(MaskedDistillation):
     ``loss = L_class + L_patch + 0.1 * sum over the two global views of KoLeo(class token before the head)``.
     Assignments are centred by a moving average, over the masked tokens for patches, or balanced by Sinkhorn-Knopp over
     the global batch (both views together). ``L_patch`` is the sum over masked tokens, each divided by its crop's
-    masked count, divided by the number of all global crops; ratios are spread evenly over the batch.
+    masked count, divided by the number of all global crops; ratios are spread evenly over the batch. With gradient
+    accumulation, Sinkhorn-Knopp and KoLeo see one micro-batch of all ranks at a time.
     """
 
     name: ClassVar[str] = "dinov2"

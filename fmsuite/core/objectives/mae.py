@@ -54,6 +54,13 @@ class MAEConfig(ObjectiveConfig):
     augment: Literal["none", "weak", "strong"] = "weak"
 
 
+def _init_linear(module: nn.Module) -> None:
+    """Xavier uniform, as MAE initialises its linear layers (appendix A.1)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 @register
 class MAE(Objective):
     """Encode the visible tokens, decode all of them, compare masked patches with their pixels.
@@ -98,14 +105,9 @@ class MAE(Objective):
         outputs = self.grid.element_mask().sum(1).tolist()
         heads_of_groups = [nn.Linear(width, values) for values in outputs]
         self.decoder_pred = heads_of_groups[0] if len(outputs) == 1 else nn.ModuleList(heads_of_groups)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and not self._in_backbone(module):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            part.apply(_init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
-
-    def _in_backbone(self, module: nn.Module) -> bool:
-        return any(module is inner for inner in self.backbone.modules())
 
     def _whole_layout(self) -> TokenLayout:
         spacing = self.backbone.spec.spacing

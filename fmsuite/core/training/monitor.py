@@ -95,7 +95,7 @@ class FeatureReport:
 
 
 class Monitor:
-    """Looks at the encoder's features and reports a collapse when it happens.
+    """Looks at the encoder's features and reports a collapse when it happens, in one warning until it is over.
 
     Args:
         probe: the windows to look at.
@@ -107,6 +107,7 @@ class Monitor:
         self.probe = probe
         self.knn_k = knn_k
         self.start = start
+        self.collapsed = False
 
     def look(self, objective: Objective, prepare: Callable[[View], View], step: int) -> FeatureReport:
         """Features of ``objective.encoder`` on the probe set, and what they say.
@@ -125,12 +126,13 @@ class Monitor:
             warning = collapse_warning(rank, std, *(self.start or (None, None)))
             report = FeatureReport(rank, std, self._knn(features), warning)
             self.start = self.start or (rank, std)
-        if report.warning is not None:
+        if report.warning is not None and not self.collapsed:
             logger.warning(
                 "Step %d: the encoder seems to have collapsed: %s. Try a lower optim.lr or a longer optim.warmup.",
                 step,
                 report.warning,
             )
+        self.collapsed = report.warning is not None
         return report
 
     def _knn(self, features: Tensor) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,15 +15,14 @@ from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.base import Domain, Progress, no_progress
 from fmsuite.domains.medical.intensity import Intensity, foreground, standardisation
-from fmsuite.domains.medical.labels import VolumeLabel, read_labels
 from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.volumes import SUFFIXES, Volume, load_volume, monai_transforms, resampling
 from fmsuite.domains.medical.windows import windows_over
 from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.labels import SourceLabel, assign_labels, find_labels
 from fmsuite.tiling.sources import SourceFile, find_files
 from fmsuite.tiling.table import join_tables, window_table
 
-LABELS_NAME = "labels.csv"
 GEOMETRY = ("modality", "spacing", "size", "hu_window", "channels", "unknown_orientation")
 """Options that an index fixes: its windows and statistics would not fit others."""
 
@@ -49,14 +47,16 @@ class MedicalDomain(Domain):
 
     def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
         files = find_files(paths, SUFFIXES, "NIfTI volumes")
-        labels = self._labels(paths)
+        labels = assign_labels(find_labels(self.options.labels, paths), files)
+        for line in labels.unmatched:
+            skipped.add(line, "labels", "the labels file names it, but no such volume was found. Correct the line.")
         monai_transforms()
         tables: list[pa.Table] = []
         intensities: dict[str, Any] = {}
         moments = np.zeros((3, len(self.options.channel_names)))
         for file in progress(files, len(files), "volumes"):
             try:
-                volume, mask, table = self._windows(file, labels.get(os.path.realpath(file.path), VolumeLabel()))
+                volume, mask, table = self._windows(file, labels.of(file))
                 if self.options.modality == "mr":
                     intensities[str(file.path)] = standardisation(str(file.path), volume, mask).to_json()
                 else:
@@ -76,17 +76,7 @@ class MedicalDomain(Domain):
             metadata["std"] = np.sqrt(np.maximum(squares / count - mean**2, 1e-6)).tolist()
         return join_tables(tables, metadata)
 
-    def _labels(self, paths: Sequence[Path]) -> dict[str, VolumeLabel]:
-        if self.options.labels is not None:
-            return read_labels(self.options.labels)
-        found: dict[str, VolumeLabel] = {}
-        for path in paths:
-            beside = Path(path) / LABELS_NAME
-            if beside.is_file():
-                found.update(read_labels(beside))
-        return found
-
-    def _windows(self, file: SourceFile, known: VolumeLabel) -> tuple[Volume, np.ndarray, pa.Table]:
+    def _windows(self, file: SourceFile, known: SourceLabel) -> tuple[Volume, np.ndarray, pa.Table]:
         path = str(file.path)
         volume = load_volume(path, None, len(self.options.channel_names), self._assume)
         mask = foreground(path, volume, self.options.modality)

@@ -29,8 +29,8 @@ class MedicalOptions(DomainOptions):
         hu_window: Hounsfield units that become 0 and 1; values outside are clipped. CT only.
         channels: names of the channels. A 4D file is read as channels only if this names each of its volumes; without
             it a 3D file has one channel, named after the modality.
-        labels: CSV with the columns ``path`` (relative to the CSV), and any of ``label``, ``group`` (or ``patient``)
-            and ``split``. Without it, a ``labels.csv`` directly inside a given folder is used.
+        labels: CSV with a column ``path`` and any of ``label``, ``group`` (or ``patient``) and ``split``; see
+            ``tiling.labels``. Without it, a ``labels.csv`` directly inside a given folder is used.
         unknown_orientation: a file whose sform and qform codes are both 0 does not say how it lies in the patient.
             ``skip`` leaves it out; ``assume`` takes NIfTI's fallback, in which the first axis grows to the patient's
             left, the second to anterior and the third to superior.

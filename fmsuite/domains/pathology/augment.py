@@ -13,9 +13,9 @@ import albumentations
 
 from fmsuite.core.data.sample import ArraySample, Sample
 
-HED_FROM_STAIN = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Absorbance of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001, table 1)."""
-_RGB_FROM_HED = HED_FROM_STAIN / np.linalg.norm(HED_FROM_STAIN, axis=1, keepdims=True)
+_RGB_FROM_HED = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
 _HED_FROM_RGB = np.linalg.inv(_RGB_FROM_HED)
 
 

@@ -20,7 +20,8 @@ LEVEL_TOLERANCE = 0.02
 BLOCK_PIXELS = 16 * 2**20
 """Source pixels that are held at once; a larger region is read in parts."""
 FILTER = Image.Resampling.BICUBIC
-_SUPPORT = {Image.Resampling.BICUBIC: 2.0, Image.Resampling.BOX: 0.5}
+_SUPPORT = 2.0
+"""Of the bicubic filter, in pixels of the coarser side. The box filter never looks beyond the region."""
 
 
 def best_level(source: PixelSource, scale: float) -> int:
@@ -113,8 +114,10 @@ def _read_block(source: PixelSource, block: _Block, resample: Image.Resampling) 
     background = np.asarray(source.background, np.uint8)
     first, last, pad_before, pad_after = [], [], [], []
     for axis in (0, 1):
-        # The filter looks beyond the region, and OpenSlide may begin up to half a pixel off.
-        margin = math.ceil(_SUPPORT[resample] * max(1.0, length[axis] / block.size[axis])) + 1
+        # The filter looks beyond the region, and OpenSlide may begin a fraction of a pixel off.
+        margin = 0
+        if resample == FILTER:
+            margin = math.ceil(_SUPPORT * max(1.0, length[axis] / block.size[axis])) + 1
         low, high = math.floor(start[axis]), math.ceil(start[axis] + length[axis])
         begin, end = max(0, low - margin), min(level.shape[axis], high + margin)
         first.append(begin)

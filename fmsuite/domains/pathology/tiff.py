@@ -56,6 +56,14 @@ class TiffSource(PixelSource):
             Level((p.shape[0], p.shape[1]), (height / p.shape[0], width / p.shape[1])) for p in self._pages
         )
         for p in self._pages:
+            end = max((o + c for o, c in zip(p.dataoffsets, p.databytecounts, strict=True)), default=0)
+            if end > self._file.filehandle.size:
+                raise ReadFailure(
+                    self.path,
+                    "open",
+                    f"damaged or incomplete TIFF: it ends {end - self._file.filehandle.size} bytes too early.",
+                    "Copy or download it again.",
+                )
             if not p.is_memmappable and int(np.prod(p.chunks)) > MAX_SEGMENT:
                 raise ReadFailure(
                     self.path,

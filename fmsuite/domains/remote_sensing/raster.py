@@ -134,7 +134,7 @@ class Raster:
                 if nodata is not None and not math.isnan(nodata):
                     valid[place] &= values[place] != nodata
         if np.issubdtype(values.dtype, np.floating):
-            pass
+            valid &= np.isfinite(values)
         values, valid = self._physical(values, valid, bands, options)
         values[~valid] = 0
         return values, valid

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -45,7 +46,7 @@ class SvgOptions(DomainOptions):
         mean, std: channel statistics on a 0-1 scale; ImageNet's, so that public encoders see what they expect.
         labels: a CSV file; ``labels.csv`` in the given folders if not given, none at all with ``none``.
         path_column, label_column, group_column, split_column: its columns; see ``tiling.labels.LabelColumns``.
-        timeout: seconds that one drawing may take to render.
+        timeout_s: seconds that one drawing may take to render.
         workers: processes that try the drawings; -1 chooses from the cores.
         max_bytes, max_elements, max_drawn, max_depth, max_side, max_image_pixels: see ``safety.Limits``.
     """
@@ -60,7 +61,7 @@ class SvgOptions(DomainOptions):
     label_column: str | None = None
     group_column: str | None = None
     split_column: str | None = None
-    timeout: float = Field(default=10.0, gt=0)
+    timeout_s: float = Field(default=10.0, gt=0)
     workers: int = Field(default=-1, ge=-1)
     max_bytes: int = Field(default=Limits.max_bytes, ge=1)
     max_elements: int = Field(default=Limits.max_elements, ge=1)
@@ -117,24 +118,25 @@ class SvgDomain(Domain):
         grouped = self.options.group_column is not None or self.options.label_column not in GROUP_COLUMNS
         windows, left_out = [], Counter[str]()
         results = self._try_all([str(file.path) for file in files])
-        for file, result in zip(files, progress(results, len(files), "rendering drawings"), strict=True):
-            if isinstance(result, ReadFailure):
-                skipped.add_failure(result)
-                continue
-            left_out.update(result.not_drawn.keys())
-            row = labels.of(file)
-            side = result.canvas.side
-            windows.append(
-                Window(
-                    source=str(file.path),
-                    group=(row.group if grouped else None) or file.group,
-                    position=result.canvas.corner,
-                    extent=(side, side),
-                    content=result.content,
-                    label=row.label,
-                    split=row.split,
+        with contextlib.closing(results):
+            for file, result in zip(files, progress(results, len(files), "rendering drawings"), strict=True):
+                if isinstance(result, ReadFailure):
+                    skipped.add_failure(result)
+                    continue
+                left_out.update(result.not_drawn.keys())
+                row = labels.of(file)
+                side = result.canvas.side
+                windows.append(
+                    Window(
+                        source=str(file.path),
+                        group=(row.group if grouped else None) or file.group,
+                        position=result.canvas.corner,
+                        extent=(side, side),
+                        content=result.content,
+                        label=row.label,
+                        split=row.split,
+                    )
                 )
-            )
         metadata = {
             "domain": self.name,
             "options": self.options.model_dump(mode="json"),
@@ -142,13 +144,13 @@ class SvgDomain(Domain):
         }
         return SampleIndex.from_windows(windows, metadata)
 
-    def _try_all(self, paths: list[str]) -> Iterator[Drawn | ReadFailure]:
+    def _try_all(self, paths: list[str]) -> Generator[Drawn | ReadFailure, None, None]:
         """The outcome for each path, in order."""
         options = self.options
         count = options.workers if options.workers > 0 else min(os.cpu_count() or 1, 8)
         count = max(1, min(count, len(paths)))
         workers = [
-            RenderWorker(options.size, options.background_rgba, options.limits, options.timeout) for _ in range(count)
+            RenderWorker(options.size, options.background_rgba, options.limits, options.timeout_s) for _ in range(count)
         ]
         idle: SimpleQueue[RenderWorker] = SimpleQueue()
         for worker in workers:

@@ -1,6 +1,7 @@
 """Rendering under a clock: a child process that draws files one after the other, and is killed when one takes too long.
 
 Run as ``python -m fmsuite.domains.svg.worker`` it is the child: a line of JSON asks for a file, a line of JSON answers.
+It relies on POSIX pipes and alarms.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class RenderWorker:
                 path,
                 "render",
                 f"rendering it takes more than {self.timeout:g} s",
-                "Simplify the drawing, or raise data.timeout.",
+                "Simplify the drawing, or raise data.timeout_s.",
             ) from None
         except (EOFError, BrokenPipeError):
             self.close()
@@ -125,11 +126,11 @@ class RenderWorker:
             return
         self.close()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fmsuite.domains.svg.worker"],
+            [sys.executable, "-P", "-m", "fmsuite.domains.svg.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
         )
         try:
             self._ask(self.settings, START_TIMEOUT)

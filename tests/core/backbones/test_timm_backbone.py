@@ -81,6 +81,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         _build("resnet10t", registers=2)
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
         _build("resnet_18")
+    with pytest.raises(UsageError, match="nonsense"):
+        _build("resnet18.nonsense")
     fixed = _build("swin_tiny_patch4_window7_224", SPEC.resized(224))
     with pytest.raises(UsageError, match="only, not"):
         fixed(View(torch.randn(1, 3, 256, 256)))

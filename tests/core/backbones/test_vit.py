@@ -306,6 +306,16 @@ def test_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(plain, recomputed, atol=0, rtol=0)
 
 
+def test_compiled_blocks_keep_names_and_outputs() -> None:
+    model, compiled = _vit(RGB, registers=1), _vit(RGB, registers=1)
+    compiled.compile_blocks(backend="eager")
+    assert list(compiled.state_dict()) == list(model.state_dict())
+    valid = torch.rand(2, 1, 32, 32) > 0.5
+    for view in (_view(RGB), replace(_view(RGB), valid=valid)):
+        torch.testing.assert_close(compiled(view).cls, model(view).cls, atol=1e-6, rtol=1e-5)
+    assert compiled.blocks[0]._compiled_call_impl is not None
+
+
 def test_drop_path_follows_the_sample_not_the_batch() -> None:
     model = _vit(RGB, drop_path=0.5, drop_path_uniform=True).train()
     view = replace(_view(RGB, 6), keys=torch.arange(6) * 977)

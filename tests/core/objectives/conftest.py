@@ -65,17 +65,20 @@ def _objective(name: str, kind: str = "rgb", *, seed: int = 0, model: dict | Non
     return cls(cls.Config(**{**SMALL[name], **options}), backbone)
 
 
-def _raw_view(objective, kind, request, batch, step, seed, invalid) -> View:
-    toy, grid = TOYS[kind], objective.backbone.grid
-    generator = np.random.default_rng([seed, step])
+def _raw_view(objective, kind, request, batch, step, seed, number, invalid) -> View:
+    """A crop of each sample's smooth picture, which (seed, step) decides, at a place and contrast of its own."""
+    toy = TOYS[kind]
     size, channels = request.size, len(toy.spec.channels)
-    # Smooth pictures, so that neighbouring patches tell about each other.
-    waves = generator.normal(size=(batch, channels, len(size), 2))
-    ramps = np.meshgrid(*(np.linspace(0, 3, n) for n in size), indexing="ij")
-    pixels = np.zeros((batch, channels, *size), dtype=np.float32)
-    for axis, ramp in enumerate(ramps):
+    pictures, crops = np.random.default_rng([seed, step]), np.random.default_rng([seed, step, number])
+    waves = pictures.normal(size=(batch, channels, len(size), 2))
+    pixels = 2 * pictures.normal(size=(batch, channels, *[1] * len(size))).astype(np.float32)
+    pixels = np.broadcast_to(pixels, (batch, channels, *size)).copy()
+    for axis, length in enumerate(size):
+        shape = [1, 1, *(length if other == axis else 1 for other in range(len(size)))]
+        ramp = (crops.random() + np.linspace(0, 3, length)).reshape(shape)
         frequency, phase = (waves[:, :, axis, part].reshape(batch, channels, *[1] * len(size)) for part in (0, 1))
         pixels += np.sin(frequency * ramp + 3 * phase).astype(np.float32)
+    pixels *= np.float32(crops.uniform(0.9, 1.1))
     valid = None
     if invalid:
         valid = np.ones((batch, 1, *size), dtype=bool)
@@ -86,7 +89,7 @@ def _raw_view(objective, kind, request, batch, step, seed, invalid) -> View:
         None if valid is None else torch.from_numpy(valid),
         coords={axis: torch.from_numpy(values).expand(batch, -1) for axis, values in toy.coords.items()},
         keys=torch.arange(batch),
-    ), grid
+    )
 
 
 def _batch(objective, kind="rgb", batch=4, step=0, seed=0, invalid=False, nan=False) -> Batch:
@@ -94,10 +97,10 @@ def _batch(objective, kind="rgb", batch=4, step=0, seed=0, invalid=False, nan=Fa
     requests = objective.view_requests()
     masked_views = sum(request.count for request in requests if request.mask is not None)
     number = 0
-    normalize = Normalize(TOYS[kind].spec)
+    normalize, grid = Normalize(TOYS[kind].spec), objective.backbone.grid
     for position, request in enumerate(requests):
         for count in range(request.count):
-            view, grid = _raw_view(objective, kind, request, batch, step, seed + 100 * position + count, invalid)
+            view = _raw_view(objective, kind, request, batch, step, seed, 100 * position + count, invalid)
             if request.mask is not None:
                 tokens = objective.backbone.layout(view)
                 masks = []

@@ -15,6 +15,10 @@ def test_outputs_and_gradient_norms_equal_the_reference_under_its_parameter_name
     out = head(reference["x"])
     torch.testing.assert_close(out, reference["out"], atol=1e-5, rtol=1e-5)
     assert not head.last_layer.weight_g.requires_grad
+    out.square().mean().backward()
+    for part, module in (("mlp", head.mlp), ("last_layer", head.last_layer), ("total", head)):
+        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        assert torch.stack(norms).norm().item() == pytest.approx(reference["grad_norm"][part], rel=1e-5)
 
 
 def test_logits_are_cosines_while_the_gain_is_frozen():

@@ -105,6 +105,18 @@ def test_invalid_pixels_are_neither_context_nor_target(toys, kind, norm_pix, con
     assert objective(clean, context)["loss"].item() == objective(dirty, context)["loss"].item()
 
 
+def test_invalid_tokens_are_no_keys_in_the_decoder(toys, monkeypatch):
+    objective = toys.objective("mae").eval()
+    view = toys.batch(objective, invalid=True).views["image"][0]
+    valid = objective.backbone.layout(view).valid
+    expected, _ = objective.predict(view)
+    positions = objective._positions
+    monkeypatch.setattr(objective, "_positions", lambda layout: positions(layout) + 5.0 * ~layout.valid[..., None])
+    found, _ = objective.predict(view)
+    assert torch.equal(found[valid], expected[valid])
+    assert not torch.equal(found[~valid], expected[~valid])
+
+
 def test_an_invalid_token_marked_as_masked_is_not_a_target(toys, context):
     objective = toys.objective("mae")
     batch = toys.batch(objective, invalid=True)

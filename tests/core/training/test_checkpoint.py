@@ -103,14 +103,14 @@ def test_a_full_disk_keeps_the_last_good_one_and_says_how_to_go_on(
 def test_a_real_write_limit_is_reported_as_what_it_is(tmp_path: Path) -> None:
     # A file-size limit makes the kernel refuse the write half-way, as a full disk does.
     script = f"""
-import resource, signal
+import resource, signal, torch
 from pathlib import Path
-from tests.core.training.test_checkpoint import make_checkpoint, save_checkpoint
+from fmsuite.core.training.checkpoint import Checkpoint, Plan, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path({str(tmp_path)!r})
-save_checkpoint(folder, make_checkpoint(5), keep=1)
+save_checkpoint(folder, Checkpoint(5, {{}}, Plan(9, 9), {{"weight": torch.ones(10)}}, {{}}), keep=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))
-save_checkpoint(folder, make_checkpoint(10, values=1_000_000), keep=1)
+save_checkpoint(folder, Checkpoint(8, {{}}, Plan(9, 9), {{"weight": torch.ones(10**6)}}, {{}}), keep=1)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)

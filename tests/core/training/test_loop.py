@@ -127,6 +127,7 @@ def test_dropout_draws_differ_between_steps_and_seeds(tmp_path: Path) -> None:
     assert not torch.equal(draws[0], draws[1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_outright_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     config = make_config(12, objective={"dropout": 0.2})
     torch.set_num_threads(1)

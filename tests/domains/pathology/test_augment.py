@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fmsuite.core.data.sample import ArraySample
 from fmsuite.core.seeding import generator
 from fmsuite.domains.base import load_domain
 from fmsuite.domains.pathology.augment import (
-    HED_FROM_STAIN,
+    STAINS,
     StainedTissueAugmentation,
     hed_to_rgb,
     rgb_to_hed,
     stain_jitter,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def every_colour() -> np.ndarray:
 
 
 def test_deconvolution_solves_the_absorbance_equation_of_each_pixel() -> None:
-    matrix = HED_FROM_STAIN / np.sqrt((HED_FROM_STAIN**2).sum(axis=1))[:, None]
+    matrix = STAINS / np.sqrt((STAINS**2).sum(axis=1))[:, None]
     for pixel in ((215, 140, 180), (110, 80, 140), (0, 0, 0), (255, 255, 255), (120, 90, 40)):
         absorbance = [-np.log((v + 1) / 256) for v in pixel]
         assert np.allclose(rgb_to_hed(np.array(pixel)), np.linalg.solve(matrix.T, absorbance), atol=1e-12)

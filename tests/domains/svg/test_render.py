@@ -11,6 +11,7 @@ from PIL import Image
 
 from fmsuite.domains.svg.render import Canvas, colour, fetch_embedded, read_canvas, render_region
 
+NS = b'xmlns="http://www.w3.org/2000/svg"'
 WHITE = (1.0, 1.0, 1.0, 1.0)
 SCENE = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 5 80 60">
 <defs><linearGradient id="g"><stop offset="0" stop-color="blue"/><stop offset="1" stop-color="lime"/></linearGradient>
@@ -27,7 +28,7 @@ def whole(source: bytes, canvas: Canvas, size: int, **options: object) -> np.nda
 
 
 def test_a_rectangle_fills_its_pixels_and_no_other() -> None:
-    source = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect x="2" y="3" width="5" height="4" fill="#f00"/></svg>'
+    source = b"<svg " + NS + b' viewBox="0 0 10 10"><rect x="2" y="3" width="5" height="4" fill="#f00"/></svg>'
     pixels = whole(source, read_canvas(None, None, "0 0 10 10"), 20)
     expected = np.full((20, 20, 3), 255, np.uint8)
     expected[6:14, 4:14] = (255, 0, 0)
@@ -35,7 +36,7 @@ def test_a_rectangle_fills_its_pixels_and_no_other() -> None:
 
 
 def test_a_wide_drawing_is_letterboxed_in_the_middle() -> None:
-    source = b'<svg xmlns="http://www.w3.org/2000/svg" width="100" height="50"><rect width="100%" height="100%" fill="#00f"/></svg>'
+    source = b"<svg " + NS + b' width="100" height="50"><rect width="100%" height="100%" fill="#00f"/></svg>'
     pixels = whole(source, read_canvas("100", "50", None), 40)
     expected = np.full((40, 40, 3), 255, np.uint8)
     expected[10:30] = (0, 0, 255)
@@ -76,14 +77,14 @@ def test_a_crop_shows_detail_that_the_large_picture_lacks() -> None:
 
 def test_a_region_beyond_the_canvas_shows_the_background() -> None:
     canvas = read_canvas(None, None, "0 0 10 10")
-    source = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect width="10" height="10"/></svg>'
+    source = b"<svg " + NS + b' viewBox="0 0 10 10"><rect width="10" height="10"/></svg>'
     pixels = render_region(source, canvas, (-10.0, 0.0), (20.0, 10.0), (20, 10), colour("#102030"))
     assert (pixels[:10] == (0x10, 0x20, 0x30)).all()
     assert (pixels[10:] == 0).all()
 
 
 def test_without_a_background_colours_are_not_multiplied_by_alpha() -> None:
-    source = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4"><rect width="2" height="4" fill="#ff8000" fill-opacity="0.5"/></svg>'
+    source = b"<svg " + NS + b' viewBox="0 0 4 4"><rect width="2" height="4" fill="#ff8000" fill-opacity="0.5"/></svg>'
     pixels = whole(source, read_canvas(None, None, "0 0 4 4"), 4, background=None)
     assert pixels.shape == (4, 4, 4)
     assert (pixels[:, 2:] == 0).all()

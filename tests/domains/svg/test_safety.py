@@ -119,7 +119,7 @@ def test_every_hostile_file_is_skipped_with_its_reason_in_bounded_time(tmp_path:
         write(tmp_path, name, content)
     skipped = SkippedLog(tmp_path / "out" / "skipped.csv")
     started = time.monotonic()
-    index = SvgDomain(SvgDomain.Options(timeout=20)).build_index([tmp_path], skipped)
+    index = SvgDomain(SvgDomain.Options(timeout_s=20)).build_index([tmp_path], skipped)
     assert time.monotonic() - started < 60
     assert sorted(Path(source).name for source in index.sources) == ["good.svg", "good.svgz"]
     found = {Path(entry.path).name: entry.reason for entry in skipped.entries}

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from fmsuite.domains import base
+from fmsuite.domains.base import domain_names, load_domain
+from fmsuite.errors import UsageError
+
+BUILT_IN = ("medical", "pathology", "remote_sensing", "svg")
+LIBRARIES = {
+    "pathology": ("openslide", "tifffile"),
+    "medical": ("monai", "nibabel"),
+    "remote_sensing": ("rasterio",),
+    "svg": ("cairosvg",),
+}
+HEAVY = ("openslide", "monai", "rasterio", "cairosvg", "albumentations", "pandas", "nibabel")
+
+
+def imported_by(statement: str) -> set[str]:
+    """The modules that a fresh interpreter holds after a statement."""
+    script = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_built_in_domains_are_found_without_importing_them() -> None:
+    assert set(BUILT_IN) <= set(domain_names())
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'pathology'") as caught:
+        load_domain("patology")
+    for name in BUILT_IN:
+        assert name in str(caught.value)
+
+
+def test_a_name_like_no_other_is_answered_with_all() -> None:
+    with pytest.raises(UsageError, match="There is no domain 'zzz'") as caught:
+        load_domain("zzz")
+    assert "Did you mean" not in str(caught.value)
+    assert "svg" in str(caught.value)
+
+
+@pytest.fixture
+def broken_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The only installed domain, ``remote_sensing``; its module imports a library that is not there."""
+    (tmp_path / "plugin_in_need.py").write_text("import a_library_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("remote_sensing", "plugin_in_need:Domain", base.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(base, "entry_points", lambda group: [entry])
+    return entry.name
+
+
+def test_a_missing_library_is_answered_with_the_extra_to_install(broken_plugin: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_domain(broken_plugin)
+    assert "a_library_that_nobody_has" in str(caught.value)
+    assert "pip install 'fmsuite[remote-sensing]'" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_domain_imports_its_own_libraries_and_no_other_domain(name: str) -> None:
+    modules = imported_by(
+        f"from fmsuite.domains.base import load_domain\nassert load_domain({name!r}).name == {name!r}"
+    )
+    packages = {module.split(".")[2] for module in modules if module.startswith("fmsuite.domains.")}
+    assert packages == {"base", name}
+    foreign = {library for other in BUILT_IN if other != name for library in LIBRARIES[other]} - set(LIBRARIES[name])
+    assert not modules & foreign
+
+
+@pytest.mark.slow
+def test_the_core_imports_no_domain_library() -> None:
+    statement = (
+        "import pkgutil, importlib, fmsuite, fmsuite.core\n"
+        "names = [m.name for m in pkgutil.walk_packages(fmsuite.core.__path__, 'fmsuite.core.')]\n"
+        "for name in names:\n    importlib.import_module(name)\n"
+        "import fmsuite.domains.base\nassert len(names) > 20"
+    )
+    modules = imported_by(statement)
+    assert {module for module in modules if module.startswith("fmsuite.domains.")} == {"fmsuite.domains.base"}
+    assert not modules & set(HEAVY)
