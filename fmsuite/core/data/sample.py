@@ -198,7 +198,10 @@ class View:
         pixels = torch.cat([v.pixels for v in views])
         valid = None
         if any(v.valid is not None for v in views):
-            valid = torch.cat([v.valid if v.valid is not None else _all_valid(v) for v in views])
+            like = next(v.valid for v in views if v.valid is not None)
+            valid = torch.cat(
+                [v.valid if v.valid is not None else like.new_ones((len(v), *like.shape[1:])) for v in views]
+            )
         return View(
             pixels,
             valid,
@@ -207,11 +210,6 @@ class View:
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
         )
-
-
-def _all_valid(view: View) -> Tensor:
-    shape = view.pixels.shape[:2] if view.pixels.dim() == 3 else (len(view), 1, *view.pixels.shape[2:])
-    return torch.ones(shape, dtype=torch.bool, device=view.pixels.device)
 
 
 @dataclass(frozen=True)

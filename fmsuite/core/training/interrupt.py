@@ -6,16 +6,22 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 logger = logging.getLogger("fmsuite")
 
+ECHO_S = 1.0
+"""Seconds within which a second signal is taken for an echo of the first."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM sets ``requested``; a second one acts as it did before.
+    """While entered, SIGINT and SIGTERM set ``requested``; a second SIGINT, a moment later, acts as it did before.
+
+    Launchers pass signals on to processes that got them already, so an echo within a second, and any further SIGTERM,
+    changes nothing.
 
     Loader processes forked meanwhile inherit the handler and pass over the terminal's Ctrl-C in silence, so that the
     step that is being finished still gets its data. Outside the main thread signals are left alone.
@@ -24,6 +30,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = False
         self._owner = os.getpid()
+        self._first = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -45,7 +52,11 @@ class Interrupt:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
             return
-        self.requested = True
-        self._restore()
-        name = signal.Signals(number).name
-        logger.warning("%s: finishing this step and saving a checkpoint; once more stops at once.", name)
+        if not self.requested:
+            self.requested = True
+            self._first = time.monotonic()
+            name = signal.Signals(number).name
+            logger.warning("%s: finishing this step and saving a checkpoint; Ctrl-C again stops at once.", name)
+        elif number == signal.SIGINT and time.monotonic() - self._first >= ECHO_S:
+            self._restore()
+            signal.raise_signal(number)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ class MetricsLog:
     Args:
         path: the file.
         tensorboard: folder for TensorBoard events; ``None`` writes none.
-        start_step: where the run stands. Lines measured after it are dropped: they come from work that is lost
-            and will be repeated, so that the file of a resumed run is that of an uninterrupted one.
+        start_step: where the run stands; 0 begins an empty file. Lines measured after it are dropped: they come from
+            work that is lost and will be repeated, so that the file of a resumed run is that of an uninterrupted one.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None, start_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _keep_until(path, start_step)
+            _keep_until(path, start_step if start_step > 0 else -1)
         self._file = path.open("a", encoding="utf-8")
         self._events = _event_writer(tensorboard, start_step) if tensorboard is not None else None
 
@@ -56,7 +57,9 @@ class MetricsLog:
                     self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written was reported by ``write``.
+        with suppress(OSError):
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -88,4 +91,4 @@ def _event_writer(folder: Path, start_step: int) -> Any:
     except ImportError:
         logger.info("TensorBoard is not installed, so no event files are written (pip install tensorboard).")
         return None
-    return SummaryWriter(str(folder), purge_step=start_step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step > 0 else 0)  # type: ignore[no-untyped-call]

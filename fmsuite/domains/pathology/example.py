@@ -145,19 +145,22 @@ def _paint(label: str, look: _Look, side_um: float, rng: np.random.Generator) ->
 
     inside = _disc_mask(side, lumens)
     texture = 1 + 0.22 * _noise(side, side // 12, rng) + 0.12 * _noise(side, side // 4, rng)
-    eosin = np.clip(0.62 * texture, 0.05, 1.0) * (tissue & ~inside)
+    eosin = np.clip(np.float32(0.62) * texture, 0.05, 1.0) * (tissue & ~inside)
     haematoxylin = 0.08 * (tissue & ~inside).astype(np.float32)
     _stamp(haematoxylin, nuclei, unit, rng)
     # Amounts of stain as bytes, so that Beer-Lambert becomes one table.
     amounts = np.linspace(0, 1.2, 256)
     absorbed = amounts[:, None, None] * look.haematoxylin + amounts[None, :, None] * look.eosin
-    table = np.clip(look.glass * np.exp(-absorbed), 0, 255).astype(np.float32)
+    table = np.rint(look.glass * np.exp(-absorbed)).astype(np.int16)
     to_byte = 255 / 1.2
     rgb = table[_byte(haematoxylin * to_byte), _byte(eosin * to_byte)]
-    grain = rng.normal(0, 2.2, (509, 499, 3)).astype(np.float32)
-    repeats = (-(-side // 509), -(-side // 499), 1)
-    rgb += np.tile(grain, repeats)[:side, :side]
-    return _artefacts(np.clip(rgb, 0, 255).astype(np.uint8), look, unit, rng)
+    grain = np.rint(rng.normal(0, 2.2, (509, 499, 3))).astype(np.int16)
+    for top in range(0, side, 509):
+        for left in range(0, side, 499):
+            place = rgb[top : top + 509, left : left + 499]
+            place += grain[: place.shape[0], : place.shape[1]]
+    np.clip(rgb, 0, 255, out=rgb)
+    return _artefacts(rgb.astype(np.uint8), look, unit, rng)
 
 
 def _byte(values: np.ndarray) -> np.ndarray:

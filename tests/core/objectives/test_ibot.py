@@ -41,6 +41,16 @@ def test_both_terms_their_gradients_and_centres_equal_the_reference(load):
     torch.testing.assert_close(patch_centre.center, reference["center2"][0], atol=1e-5, rtol=1e-5)
 
 
+def test_the_patch_term_is_divided_by_the_crops_that_count():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    student = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    teacher = torch.full((5, 6), 1 / 6)
+    entropy = -torch.log_softmax(student / 0.1, -1).mean(-1)
+    total = entropy[:2].mean() + entropy[2:].mean()
+    torch.testing.assert_close(masked_patch_loss(student, teacher, 0.1, mask), total / 3)
+    torch.testing.assert_close(masked_patch_loss(student, teacher, 0.1, mask, torch.tensor(2)), total / 2)
+
+
 @pytest.mark.parametrize("invalid", [False, True])
 @pytest.mark.parametrize("patch_head", ["shared", "separate"])
 def test_the_forward_pass_equals_its_definition(toys, patch_head, invalid):

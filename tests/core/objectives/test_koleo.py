@@ -22,6 +22,8 @@ def test_value_and_gradient_equal_the_reference(load):
 
 def test_it_is_the_mean_log_distance_to_the_nearest_usable_neighbour():
     features = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    # A row that does not count lies nearest to one that does.
+    features[2] = features[0] + 0.01
     usable = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
     unit = torch.nn.functional.normalize(features[usable], dim=-1).double()
     nearest = [min(math.dist(a, b) for j, b in enumerate(unit.tolist()) if j != i) for i, a in enumerate(unit.tolist())]

@@ -16,6 +16,7 @@ import torch
 from fmsuite.core.data.sample import Batch
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.objectives.base import StepContext
+from fmsuite.core.training import interrupt, metrics
 from fmsuite.core.training.loop import RunFolder, split_batch
 from fmsuite.core.training.metrics import read_metrics
 from fmsuite.errors import FmsuiteError, UsageError
@@ -164,14 +165,38 @@ def test_a_signal_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
     assert (result.step, result.interrupted) == (5, False)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_at_once_and_an_echo_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def press(step: int) -> None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    result = run_toy(tmp_path / "echo", make_config(5), at=press)
+    assert (result.step, result.interrupted) == (3, True)
+    monkeypatch.setattr(interrupt, "ECHO_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        run_toy(tmp_path, make_config(5), at=press)
+        run_toy(tmp_path / "twice", make_config(5), at=press)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_metrics_on_a_full_disk_end_the_run_with_their_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr(RunFolder, "metrics_path", Path("/dev/full"))
+    monkeypatch.setattr(metrics, "_keep_until", lambda path, step: None)
+    with pytest.raises(FmsuiteError, match="/dev/full: cannot be written"):
+        run_toy(tmp_path, make_config(4))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(tmp_path: Path) -> None:
+    config = make_config(12)
+    with pytest.raises(FmsuiteError, match="data ended"):
+        run_toy(tmp_path, config, loader=lambda start: iter([make_batch(0, 0, range(8))]))
+    run_toy(tmp_path, config, resume=True)
+    assert [line["step"] for line in measured(tmp_path)] == [1, 2, 4, 6, 8, 10, 12]
 
 
 def test_accumulated_micro_batches_equal_the_big_batch(tmp_path: Path) -> None:
