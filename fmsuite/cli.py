@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import click
 import typer
@@ -54,10 +54,12 @@ def _common(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda on: _version(on))
     ] = False,
 ) -> None:
+    # Rich folds lines at the terminal's width, which would break them in a log file.
+    pretty = console.is_terminal
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False, show_time=False, rich_tracebacks=False)],
+        format="%(message)s" if pretty else "%(levelname)s %(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)] if pretty else None,
         force=True,
     )
     logging.getLogger("fmsuite").setLevel(logging.DEBUG if debug else logging.INFO)
@@ -143,11 +145,15 @@ def tile(
 def export(
     encoder: Annotated[str, typer.Argument(help="A run folder, a weight file, timm:NAME, hf-hub:NAME.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    layout: Annotated[
+        Literal["timm", "native"],
+        typer.Option(help="timm's names, or this package's own for what timm cannot hold (volumes, channel groups)."),
+    ] = "timm",
 ) -> None:
     """Write an encoder as safetensors that timm loads."""
     from fmsuite.commands.export import export as run
 
-    _say(f"Written: {run(encoder, out)}")
+    _say(f"Written: {run(encoder, out, layout)}")
 
 
 @app.command(name="list")
@@ -184,6 +190,12 @@ def _say(text: str) -> None:
     out_console.print(escape(text), highlight=False, soft_wrap=True)
 
 
+def _without_traceback(text: str) -> str:
+    """The message of an error from a data worker, into which torch has written the worker's traceback."""
+    _, quoted, trace = text.partition("Original Traceback (most recent call last):\n")
+    return " ".join(line for line in trace.splitlines() if line and not line.startswith(" ")) if quoted else text
+
+
 def _finish(skipped: str) -> None:
     if skipped:
         _say(skipped)
@@ -209,11 +221,18 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         console.print("interrupted", highlight=False)
         code = INTERRUPTED
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}."
+        console.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        code = FAILED
     except Exception as error:
         if debug:
             traceback.print_exc()
         notes = " ".join(getattr(error, "__notes__", []))
-        text = f"unexpected {type(error).__name__}: {error} {notes}".strip()
+        text = f"unexpected {type(error).__name__}: {_without_traceback(str(error))} {notes}".strip()
         console.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
         console.print("This is a defect; `--debug` shows where it happened.", highlight=False)
         code = FAILED

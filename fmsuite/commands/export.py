@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from fmsuite.core.encoders import export_encoder, load_encoder
 
 
-def export(what: str, out: Path) -> Path:
-    """Write the weights under timm's names, with the input's description in the file's metadata.
+def export(what: str, out: Path, layout: Literal["timm", "native"] = "timm") -> Path:
+    """Write the weights with the input's description in the file's metadata.
 
     Args:
         what: anything ``load_encoder`` opens.
         out: the ``.safetensors`` file.
+        layout: see ``export_encoder``.
 
     Raises:
         UsageError: if there is no such encoder, or timm cannot hold it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    export_encoder(load_encoder(what), out)
+    export_encoder(load_encoder(what), out, layout)
     return out

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from fmsuite.commands.setup import open_domain, open_index, read_run_config, resolve_run
 from fmsuite.core import distributed
@@ -26,6 +27,7 @@ from fmsuite.core.inputs import InputSpec
 from fmsuite.core.objectives.base import Objective, find_objective
 from fmsuite.core.reports.views import draw_views
 from fmsuite.core.seeding import derive, generator
+from fmsuite.core.training.checkpoint import differences, plain_config
 from fmsuite.core.training.loop import RunFolder, train
 from fmsuite.core.training.monitor import ProbeSet
 from fmsuite.core.training.precision import choose_device
@@ -81,7 +83,7 @@ def pretrain(
     config = _run_config(run, domain, recipe, objective, overrides, resume)
     device = choose_device(config.training.device)
     with distributed.process_group(device):
-        return _pretrain(config, data, run, resume, strict, progress, command)
+        return _pretrain(config, data, run, resume, _asked(overrides), strict, progress, command)
 
 
 def _run_path(domain: str, out: Path | None, resume: bool) -> Path:
@@ -97,11 +99,54 @@ def _run_path(domain: str, out: Path | None, resume: bool) -> Path:
 def _run_config(
     run: RunFolder, domain: str, recipe: str | None, objective: str | None, overrides: Sequence[str], resume: bool
 ) -> RunConfig:
-    """A resumed run's own configuration, with the overrides on top; otherwise the recipe's."""
-    if not resume or not run.config_path.exists() or recipe is not None:
+    """The recipe's configuration; on resume the run's own, with the overrides on top.
+
+    Raises:
+        UsageError: on resume, if there is no run, or if it was begun with another configuration. Nothing has been
+            written by then.
+    """
+    if not resume:
         return resolve_run(domain, recipe, objective, overrides)
-    config = resolve_run(domain, str(run.config_path), objective, overrides)
-    return config.model_copy(update={"recipe": read_run_config(run.config_path).recipe})
+    if not run.config_path.exists():
+        raise UsageError(
+            f"{run.path}: there is no run in this folder to continue.",
+            "Check --out, or leave out --resume to begin one.",
+        )
+    before = read_run_config(run.config_path)
+    config = resolve_run(domain, recipe or str(run.config_path), objective, overrides)
+    changes: dict[str, object] = {"recipe": before.recipe}
+    if not _asked(overrides):
+        # What the index fixed may differ from what the recipe says.
+        changes["data"] = before.data
+    config = config.model_copy(update=changes)
+    differing = differences(plain_config(before), plain_config(config))
+    if differing:
+        raise UsageError(
+            f"{run.path}: the run was begun with another configuration: {'; '.join(differing)}.",
+            "Resume with the original values, or start a new run in another folder.",
+        )
+    return config
+
+
+def _asked(overrides: Sequence[str]) -> set[str]:
+    """Names of the ``data:`` options among ``--set`` items."""
+    paths = [item.partition("=")[0].split(".") for item in overrides]
+    return {path[1] for path in paths if path[0] == "data" and len(path) > 1}
+
+
+def _total_steps(config: RunConfig, windows: int) -> int:
+    training = config.training
+    return training.steps or max(1, round((training.epochs or 0) * windows / training.batch_size))
+
+
+def _refuse_other_length(run: RunFolder, config: RunConfig, windows: int) -> None:
+    before, now = _total_steps(read_run_config(run.config_path), windows), _total_steps(config, windows)
+    if before != now:
+        raise UsageError(
+            f"{run.path}: the run was begun with a length of {before} steps, and all its schedules follow from that; "
+            f"it cannot go on as one of {now} (training.steps, training.epochs).",
+            "Resume with the original length; to train longer, start a new run with model.weights set to this one.",
+        )
 
 
 def _pretrain(
@@ -109,6 +154,7 @@ def _pretrain(
     data: Sequence[Path],
     run: RunFolder,
     resume: bool,
+    asked: Collection[str],
     strict: bool,
     progress: Progress,
     command: Sequence[str],
@@ -122,7 +168,10 @@ def _pretrain(
         if not resume:
             run.skipped_path.unlink(missing_ok=True)
     skipped = SkippedLog(run.skipped_path if main else None, strict)
-    domain, index = _windows(config, data, run, resume, skipped, progress)
+    domain, index = _windows(config, data, run, resume, asked, skipped, progress)
+    if resume:
+        _refuse_other_length(run, config, len(index))
+        distributed.barrier()
     config = config.model_copy(update={"data": domain.options})
 
     # Nothing random precedes this, so every rank builds the same network.
@@ -133,7 +182,7 @@ def _pretrain(
 
     training = config.training
     stream = SampleStream(len(index), training.batch_size, config.seed, distributed.rank(), distributed.world_size())
-    total_steps = training.steps or max(1, round((training.epochs or 0) * len(index) / training.batch_size))
+    total_steps = _total_steps(config, len(index))
     reader = domain.reader(index)
     pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
     dataset = WindowDataset(index, reader, pipeline, config.seed)
@@ -141,8 +190,8 @@ def _pretrain(
         run.begin(config, index.hash, command or None, resume)
         if not resume:
             _draw_views(dataset, stream, domain, objective, run)
-    distributed.barrier()
     probe = _probe(config, index, reader, spec, objective, skipped) if main and config.monitor.every else None
+    distributed.barrier()
     workers = training.workers if training.workers >= 0 else default_workers()
 
     result = train(
@@ -173,7 +222,13 @@ def _pretrain(
 
 
 def _windows(
-    config: RunConfig, data: Sequence[Path], run: RunFolder, resume: bool, skipped: SkippedLog, progress: Progress
+    config: RunConfig,
+    data: Sequence[Path],
+    run: RunFolder,
+    resume: bool,
+    asked: Collection[str],
+    skipped: SkippedLog,
+    progress: Progress,
 ) -> tuple[Domain, SampleIndex]:
     """The run's windows. Rank 0 finds them and writes the run's index; every rank reads it."""
     domain = open_domain(config.domain, config.data)
@@ -182,7 +237,8 @@ def _windows(
         try:
             if not (resume and run.index_path.exists()):
                 paths = [Path(path) for path in data] or [_example_data(domain, config.seed)]
-                _, index = open_index(domain, paths, skipped, progress)
+                opened, index = open_index(domain, paths, skipped, progress, asked)
+                _say_options_of_index(config.data, opened.options)
                 index.write(run.index_path)
                 log.info("%d windows from %d sources.", len(index), len(index.sources))
             elif data:
@@ -193,6 +249,13 @@ def _windows(
     if failure is not None:
         raise failure
     return open_index(domain, [run.index_path], skipped)
+
+
+def _say_options_of_index(recipe: BaseModel, index: BaseModel) -> None:
+    wanted, fixed = recipe.model_dump(mode="json"), index.model_dump(mode="json")
+    for key in wanted:
+        if wanted[key] != fixed[key]:
+            log.info("data.%s is %s, as in the index, and not the recipe's %s.", key, fixed[key], wanted[key])
 
 
 def _example_data(domain: Domain, seed: int) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +105,41 @@ def domain_options(name: str, overrides: Sequence[str]) -> BaseModel:
 
 
 def open_index(
-    domain: Domain, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress
+    domain: Domain,
+    paths: Sequence[Path],
+    skipped: SkippedLog,
+    progress: Progress = no_progress,
+    asked: Collection[str] = (),
 ) -> tuple[Domain, SampleIndex]:
-    """An index from a Parquet file, or made from sources. The returned domain has the options of the index.
+    """An index from a Parquet file, or made from sources.
+
+    Args:
+        asked: names of the options that the user gave; an index made with other values is refused.
+
+    Returns:
+        The domain with its own options, except for those that the index records: its windows were made with them.
 
     Raises:
-        UsageError: if the index belongs to another domain, or nothing usable was found.
+        UsageError: if the index belongs to another domain, was made with other options, or nothing usable was found.
     """
+    own = domain.options.model_dump(mode="json")
     if len(paths) == 1 and paths[0].suffix == ".parquet":
         index = SampleIndex.read(paths[0])
         made_for = index.metadata.get("domain")
         if made_for != domain.name:
             raise UsageError(f"{paths[0]}: an index of the domain '{made_for}', not '{domain.name}'.")
-        options = validate(type(domain).Options, index.metadata.get("options"), "data", str(paths[0]))
+        made_with = index.metadata.get("options") or {}
+        for key in asked:
+            if key in made_with and made_with[key] != own[key]:
+                raise UsageError(
+                    f"{paths[0]}: this index was made with data.{key}={made_with[key]}, not {own[key]}.",
+                    "Leave the option out, or make another index with `fmsuite tile`.",
+                )
+        options = validate(type(domain).Options, {**own, **made_with}, "data", str(paths[0]))
         domain = type(domain)(options)  # type: ignore[arg-type]
     else:
-        index = domain.build_index(paths, skipped, progress)
+        built = domain.build_index(paths, skipped, progress)
+        index = SampleIndex(built.table, {"domain": domain.name, "options": own, **built.metadata})
     if len(index) == 0:
         detail = skipped.summary()
         first = f" First: {skipped.entries[0].path}: {skipped.entries[0].reason}" if skipped.entries else ""

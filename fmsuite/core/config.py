@@ -39,11 +39,15 @@ class RunConfig(BaseModel):
     training: TrainingConfig
     monitor: MonitorConfig
 
-    def to_yaml(self) -> str:
-        """The resolved configuration in the same form as a recipe: ``parse_run`` reads it back to an equal one."""
+    def to_recipe(self) -> dict[str, Any]:
+        """JSON values under the keys of a recipe: ``parse_run`` reads them back to an equal configuration."""
         raw = self.model_dump(mode="json")
         raw["objective"] = {"name": raw["objective"], **raw.pop("objective_options")}
-        return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+        return raw
+
+    def to_yaml(self) -> str:
+        """``to_recipe`` as YAML."""
+        return yaml.safe_dump(self.to_recipe(), sort_keys=False, allow_unicode=True)
 
 
 SECTIONS = ("data", "model", "objective", "optim", "training", "monitor")

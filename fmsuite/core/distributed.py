@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 Value = TypeVar("Value")
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait in ``barrier`` and for each other's objects: while rank 0 builds an index of many slides, NCCL's
+own limit of ten minutes would end the run. A rank that dies closes its connection, which ends the wait at once."""
+
+_patient: dist.ProcessGroup | None = None
 
 
 def active() -> bool:
@@ -35,8 +41,9 @@ def is_main() -> bool:
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the group that torchrun describes in the environment; does nothing outside torchrun.
 
-    gloo on CPUs, NCCL on GPUs.
+    Tensors travel over gloo on CPUs and NCCL on GPUs; objects and barriers over a gloo group that waits long.
     """
+    global _patient
     if active() or not launched():
         yield
         return
@@ -45,9 +52,11 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    _patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield
     finally:
+        _patient = None
         dist.destroy_process_group()
 
 
@@ -62,8 +71,9 @@ def local_rank() -> int:
 
 
 def barrier() -> None:
+    """Wait for all ranks, however long rank 0 works on its own."""
     if active():
-        dist.barrier()
+        dist.barrier(group=_patient)
 
 
 def all_sum(value: Tensor) -> Tensor:
@@ -81,11 +91,22 @@ def all_mean(value: Tensor) -> Tensor:
     return all_sum(value) / world_size()
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        parts = [torch.empty_like(value) for _ in range(world_size())]
+        dist.all_gather(parts, value)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        # A row served every rank's loss, so its gradient is the sum of theirs.
+        return all_sum(gradient).chunk(world_size())[rank()]
+
+
 def gather_rows(value: Tensor) -> Tensor:
     """(B, ...) of every rank in rank order as (world * B, ...), with gradients to all of them. B must be equal."""
-    if not active():
-        return value
-    return torch.cat(list(all_gather(value.contiguous())))  # type: ignore[no-untyped-call]
+    return _GatherRows.apply(value.contiguous()) if active() else value  # type: ignore[no-untyped-call]
 
 
 def gather_objects(value: Value) -> list[Value]:
@@ -93,7 +114,7 @@ def gather_objects(value: Value) -> list[Value]:
     if not active():
         return [value]
     gathered: list[Value] = [value] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_patient)
     return gathered
 
 
@@ -102,5 +123,5 @@ def from_main(value: Value) -> Value:
     if not active():
         return value
     holder = [value]
-    dist.broadcast_object_list(holder)
+    dist.broadcast_object_list(holder, group=_patient)
     return holder[0]

@@ -200,7 +200,8 @@ def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
 
 
 def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, Any]:
-    """What has to be known beside the weights, as JSON values."""
+    """What decides the embeddings beside the weights, as JSON values. Options at their defaults are left out, so that
+    an option that a later version adds changes no identity."""
     if not isinstance(backbone, VisionTransformer | TimmBackbone):
         raise UsageError(f"A {type(backbone).__name__} cannot be saved as an encoder.")
     model = backbone.config.model_copy(update={"weights": None, "input_size": None})
@@ -209,6 +210,17 @@ def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, 
         "model": model.model_dump(mode="json", exclude_defaults=True) | {"name": model.name},
         "input": spec.model_dump(mode="json"),
         "pooling": pooling,
+    }
+
+
+def _model_options(backbone: Backbone | ModelConfig) -> dict[str, Any]:
+    """Every option, so that a later version's defaults change nothing about a stored encoder. Of a timm model only
+    those that are set: the others do not apply to it."""
+    config = backbone if isinstance(backbone, ModelConfig) else backbone.config
+    assert isinstance(config, ModelConfig)
+    timm_model = config.name.startswith(PREFIX)
+    return config.model_dump(mode="json", exclude={"weights", "input_size"}, exclude_defaults=timm_model) | {
+        "name": config.name
     }
 
 
@@ -252,7 +264,7 @@ def save_encoder(
         spec = spec.model_copy(update={"size": backbone.spec.size, "spacing": backbone.spec.spacing})
     _check_pooling(backbone, pooling)
     state = _contiguous(backbone.state_dict())
-    described = {**description(backbone, spec, pooling), "layout": "native"}
+    described = {**description(backbone, spec, pooling), "model": _model_options(backbone), "layout": "native"}
     described["identity"] = identity(state, description(backbone, spec, pooling))
     described["provenance"] = {"fmsuite": fmsuite.__version__, **provenance}
     return _write(folder / WEIGHTS, folder / DESCRIPTION, state, described)
@@ -274,6 +286,7 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
         raise UsageError(f"{path}: an exported encoder is a .safetensors file.", "Give it that suffix.")
     backbone, spec = encoder.backbone, encoder.spec
     described = {**description(backbone, spec, encoder.pooling), "identity": encoder.identity}
+    described["model"] = _model_options(backbone)
     described["provenance"] = {"fmsuite": fmsuite.__version__, **encoder.provenance}
     described["layout"] = layout
     if layout == "native":
@@ -289,8 +302,7 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
         assert isinstance(backbone, VisionTransformer)
         form = to_timm(backbone, encoder.pooling)
         state = form.state
-        described["model"] = form.config.model_dump(mode="json", exclude_defaults=True) | {"name": form.config.name}
-        described["model"].pop("input_size", None)
+        described["model"] = _model_options(form.config)
         described["timm"] = {"name": form.name, "arguments": form.arguments, **_timm_data(spec)}
         described["left_out"] = ["mask_token"]
         described["folded"] = list(form.folded)

@@ -124,12 +124,15 @@ class InputSpec(BaseModel):
         raise UsageError(f"size {size} does not fit the axes {self.axes}.", "Give one number, or one for each axis.")
 
     def differences(self, other: InputSpec) -> list[str]:
-        """Sentences naming what differs in meaning (channels, axes, spacing, orientation, normalisation), not size."""
+        """Sentences naming what differs in meaning: channels, axes, spacing (by more than 5%), orientation, and what
+        raw values mean (scale, offset, clip). Not size, and not mean and std, which belong to whoever normalises."""
         found = []
         if self.axes != other.axes:
             found.append(f"axes {self.axes} against {other.axes}")
         if self.channel_names != other.channel_names:
-            found.append(f"channels {self.channel_names} against {other.channel_names}")
+            missing = [name for name in self.channel_names if name not in other.channel_names]
+            without = f" ({', '.join(missing)} missing)" if missing else ""
+            found.append(f"channels {self.channel_names} against {other.channel_names}{without}")
         if self.orientation != other.orientation:
             found.append(f"orientation {self.orientation} against {other.orientation}")
         if self.spacing and other.spacing and self.axes == other.axes:

@@ -4,44 +4,75 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
+
+from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.errors import UsageError, nearest
 from fmsuite.tiling.sources import SourceFile
 
 DEFAULT_NAME = "labels.csv"
 """Looked for in every folder that is given, if no labels file is named."""
 
-SOURCE_COLUMNS = ("path", "file", "filename", "slide", "image")
-GROUP_COLUMNS = ("group", "patient", "scene")
+USUAL_NAMES = {
+    "path": ("path", "file", "filename", "slide", "slide_id", "image"),
+    "label": ("label", "class", "diagnosis"),
+    "group": ("group", "patient", "patient_id", "case", "case_id", "scene"),
+    "split": ("split", "fold", "set"),
+}
+"""By role, the columns that are taken where the options name none: the first that the file has, in any case."""
 
 
-@dataclass(frozen=True)
-class LabelColumns:
-    """Names of a labels file's columns; ``None`` takes the first of the usual names that the file has.
+class LabelOptions(BaseModel):
+    """The part of a domain's ``data:`` options that says what is known about its sources.
 
     Attributes:
-        source: names the source file; usual names are ``SOURCE_COLUMNS``.
-        label: its class.
-        group: what must stay together in a split (patient, scene); usual names are ``GROUP_COLUMNS``.
-        split: the side of a split.
+        labels: a CSV file in UTF-8 whose first line names the columns. If not given, every ``labels.csv`` that lies
+            directly in a given folder is used, for the sources below that folder; ``none`` uses no file at all.
+        path_column: the column that names the source; see ``assign_labels``.
+        label_column: the column of classes.
+        group_column: the column of what must stay on one side of a split: patient, scene.
+        split_column: the column of sides of the split. Columns that are not named here are found by their usual
+            names, ``USUAL_NAMES``.
     """
 
-    source: str | None = None
-    label: str | None = None
-    group: str | None = None
-    split: str | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: Literal["none"] | Path | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    group_column: str | None = None
+    split_column: str | None = None
 
 
 @dataclass(frozen=True)
 class SourceLabel:
-    """What a labels file says about one source; ``None`` where it says nothing."""
+    """What labels files say about one source; ``None`` where they say nothing."""
 
     label: str | None = None
     group: str | None = None
     split: str | None = None
+
+    def merged(self, other: SourceLabel, where: str) -> SourceLabel:
+        """Both together.
+
+        Raises:
+            UsageError: if they contradict each other; ``where`` names them.
+        """
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if None not in (mine, theirs) and mine != theirs:
+                raise UsageError(
+                    f"{where}: lines contradict each other, {entry.name} '{mine}' and '{theirs}'.", "Keep one of them."
+                )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return SourceLabel(*(theirs if mine is None else mine for mine, theirs in pairs))
 
 
 @dataclass(frozen=True)
@@ -50,133 +81,246 @@ class Assigned:
 
     Attributes:
         by_path: source path to what is known about it; sources without a line are not in it.
-        unmatched: lines that name no source that was found.
+        tables: the labels files.
+        rows: how many lines these have.
     """
 
     by_path: dict[Path, SourceLabel] = field(default_factory=dict)
-    unmatched: tuple[str, ...] = ()
+    tables: tuple[Path, ...] = ()
+    rows: int = 0
 
-    def of(self, source: SourceFile) -> SourceLabel:
-        return self.by_path.get(source.path, SourceLabel())
+    def of(self, *sources: SourceFile) -> SourceLabel:
+        """What is known about a source, or about several that are one thing together (dates of a time series).
+
+        Raises:
+            UsageError: if what is known about several contradicts.
+        """
+        known = SourceLabel()
+        for source in sources:
+            where = f"{_listed(self.tables)}: '{source.relative}' and files of the same place"
+            known = known.merged(self.by_path.get(source.path, SourceLabel()), where)
+        return known
+
+    def summary(self) -> dict[str, Any]:
+        """For an index's metadata."""
+        return {"files": [str(path) for path in self.tables], "rows": self.rows, "matched": len(self.by_path)}
 
 
-def find_labels(asked: str | os.PathLike | None, paths: Sequence[Path]) -> list[Path]:
-    """The labels file that was asked for, or every ``labels.csv`` that lies directly in a given folder."""
-    if asked is not None:
-        return [Path(asked)]
-    beside = [Path(path) / DEFAULT_NAME for path in paths]
-    return [path for path in beside if path.is_file()]
+@dataclass(frozen=True)
+class _Line:
+    source: str
+    known: SourceLabel
 
 
 def assign_labels(
-    tables: Sequence[Path], sources: Sequence[SourceFile], columns: LabelColumns | None = None
+    options: LabelOptions,
+    paths: Sequence[str | os.PathLike],
+    sources: Sequence[SourceFile],
+    skipped: SkippedLog,
+    places: Mapping[Path, str] | None = None,
 ) -> Assigned:
     """What labels files say about sources.
 
-    A line names a source by its path (absolute, relative to the labels file, or below the folder that was given), by
-    its file name, or by either without the suffix. The longest form that fits decides.
+    A line names a source by the first of these forms that fits any: its path, absolute or from the labels file's
+    folder; the name of its place; its path below the given folder; one of these paths, or the index's group,
+    without the suffix; its file name; its file name without the suffix. A backslash may stand for a slash.
+
+    Lines that name no source are recorded in ``skipped`` with the stage ``labels``. Several lines may name one source,
+    as long as none contradicts another.
+
+    Args:
+        options: which files, which columns.
+        paths: as given to ``tiling.sources.find_files``, which found ``sources``.
+        places: source path to the name of what it shows (a place of which there are several dates). A line that names
+            a place is about all of its sources, and a source without another group belongs to its place.
 
     Raises:
-        UsageError: if a file cannot be read, lacks a column that was named or has no source column; if a line fits
-            several sources, two lines contradict each other, or a group stands on two sides of the split.
+        UsageError: if a labels file cannot be read, lacks a column that was named, or has none that names the source;
+            if none of its lines names a source; if a line names no or several sources or two lines contradict each
+            other; if a group stands on several sides of the split, in whatever lines.
     """
-    names = _names_of(sources)
+    places = places or {}
+    tables = _find_tables(options, paths)
     found: dict[Path, SourceLabel] = {}
-    unmatched: list[str] = []
+    sides: list[tuple[str | None, str | None]] = []
+    rows = 0
+    folders = _Folders()
     for table in tables:
-        for given, line in read_labels(table, columns or LabelColumns()):
-            fitting = _fitting(given, table, names)
-            if len(fitting) > 1:
-                raise UsageError(
-                    f"{table}: '{given}' names {len(fitting)} files, such as {fitting[0]} and {fitting[1]}.",
-                    "Give the path below the folder.",
-                )
-            if not fitting:
-                unmatched.append(given)
-                continue
-            before = found.setdefault(fitting[0], line)
-            if before != line:
-                raise UsageError(f"{table}: two lines contradict each other about '{given}'.", "Keep one of them.")
-    _check_splits(found)
-    return Assigned(found, tuple(unmatched))
+        lines = _read_table(table, options)
+        rows += len(lines)
+        candidates = [s for s in sources if options.labels is not None or folders.holds(table.parent, s.path)]
+        names = _Names(candidates, places, folders)
+        unmatched = []
+        for line in lines:
+            members = names.find(line.source, table)
+            for path in members:
+                found[path] = found.get(path, SourceLabel()).merged(line.known, f"{table}: '{line.source}'")
+            if not members:
+                unmatched.append(line.source)
+            sides.append((line.known.group, line.known.split))
+        if candidates and len(unmatched) == len(lines):
+            raise UsageError(
+                f"{table}: none of its {len(lines)} lines names one of the {len(candidates)} sources; "
+                f"its first names '{lines[0].source}', the first source is '{candidates[0].relative}'.",
+                "Name sources by their path below the given folder, or use the option labels=none.",
+            )
+        for name in unmatched:
+            skipped.add(name, "labels", f"{table} names it, and no such source was found. Correct the line.")
+    sides += [(known.group or places.get(path), known.split) for path, known in found.items()]
+    _refuse_shared_groups(sides, _listed(tables))
+    return Assigned(found, tuple(tables), rows)
 
 
-def read_labels(path: Path, columns: LabelColumns) -> list[tuple[str, SourceLabel]]:
-    """``(source as written, what is said about it)`` for every line.
+def _find_tables(options: LabelOptions, paths: Sequence[str | os.PathLike]) -> list[Path]:
+    if options.labels == "none":
+        return []
+    if options.labels is not None:
+        return [_absolute(options.labels)]
+    beside = (_absolute(path) / DEFAULT_NAME for path in paths)
+    return list({os.path.realpath(table): table for table in beside if table.is_file()}.values())
 
-    Raises:
-        UsageError: if the file cannot be read, lacks a column that was named, or has no source column.
-    """
+
+def _read_table(table: Path, options: LabelOptions) -> list[_Line]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            header = [name for name in table.fieldnames or [] if name]
-            rows = list(table)
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            numbered = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}).", "Check the labels file's path.") from error
+        raise UsageError(f"{table}: the labels cannot be read ({error.strerror}).", "Check data.labels.") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path}: not a CSV file in UTF-8 ({error}).", "Save the table as CSV in UTF-8.") from error
-    source = _column(path, header, columns.source, SOURCE_COLUMNS)
-    if source is None:
-        raise UsageError(
-            f"{path}: no column names the files; it has {', '.join(header) or 'none'}.",
-            f"Call one {' or '.join(SOURCE_COLUMNS)}, or name it in the options.",
-        )
-    label = _column(path, header, columns.label, ("label",))
-    group = _column(path, header, columns.group, GROUP_COLUMNS)
-    split = _column(path, header, columns.split, ("split",))
+        raise UsageError(f"{table}: not a CSV file in UTF-8 ({error}).", "Save the table as CSV in UTF-8.") from error
+    rows = [(number, cells) for number, cells in numbered if any(cells)]
+    header = rows[0][1] if rows else []
+    columns = _columns(table, header, options)
     lines = []
-    for row in rows:
-        given = _cell(row, source)
-        if given is not None:
-            lines.append((given, SourceLabel(_cell(row, label), _cell(row, group), _cell(row, split))))
+    for number, cells in rows[1:]:
+        if any(cells[len(header) :]):
+            raise UsageError(
+                f"{table}: line {number} has {len(cells)} cells, and the first line names {len(header)} columns.",
+                "Put cells that hold a comma in quotes.",
+            )
+        cell = {role: cells[at] for role, at in columns.items() if at < len(cells)}
+        source = cell.pop("path", "")
+        if not source:
+            raise UsageError(f"{table}: line {number} names no source.", f"Fill in its '{header[columns['path']]}'.")
+        lines.append(_Line(source, SourceLabel(**{role: text or None for role, text in cell.items()})))
+    if not lines:
+        raise UsageError(f"{table}: it has no lines below the names of its columns.", "Use the option labels=none.")
     return lines
 
 
-def _column(path: Path, header: list[str], asked: str | None, usual: tuple[str, ...]) -> str | None:
-    if asked is None:
-        return next((name for name in usual if name in header), None)
-    if asked not in header:
-        raise UsageError(f"{path}: there is no column '{asked}'.", nearest(asked, header))
-    return asked
-
-
-def _cell(row: dict[str, str], column: str | None) -> str | None:
-    return None if column is None else (row.get(column) or "").strip() or None
-
-
-def _names_of(sources: Sequence[SourceFile]) -> list[dict[str, list[Path]]]:
-    """Names by which a line may call each source, from the most exact form to the loosest."""
-    forms: list[dict[str, list[Path]]] = [{}, {}, {}, {}]
-    for source in sources:
-        relative = source.relative
-        stem = relative.removesuffix("".join(Path(relative).suffixes[-1:]))
-        named = (os.path.realpath(source.path), relative, source.path.name, Path(stem).name)
-        for form, name in zip(forms, named, strict=True):
-            form.setdefault(name, []).append(source.path)
-        forms[1].setdefault(source.group, []).append(source.path)
-        if stem not in (relative, source.group):
-            forms[1].setdefault(stem, []).append(source.path)
-    return forms
-
-
-def _fitting(given: str, table: Path, names: list[dict[str, list[Path]]]) -> list[Path]:
-    absolute = os.path.realpath(os.path.join(table.parent, given))
-    plain = given.replace("\\", "/").removeprefix("./")
-    for name, form in zip((absolute, plain, plain, plain), names, strict=True):
-        if name in form:
-            return list(dict.fromkeys(form[name]))
-    return []
-
-
-def _check_splits(found: dict[Path, SourceLabel]) -> None:
-    sides: dict[str, str] = {}
-    for line in found.values():
-        if line.group is None or line.split is None:
+def _columns(table: Path, header: list[str], options: LabelOptions) -> dict[str, int]:
+    """Position of each role's column; roles without one are left out."""
+    named = {role: getattr(options, f"{role}_column") for role in USUAL_NAMES}
+    found = {}
+    for role, usual in USUAL_NAMES.items():
+        name = named[role]
+        if name is None:
+            # A column that the user gives one role ("group" as the label of emoji) does not play its usual one too.
+            free = {column.lower(): column for column in reversed(header) if column not in named.values()}
+            name = next((free[column] for column in usual if column in free), None)
+        elif name not in header:
+            raise UsageError(f"{table}: there is no column '{name}'.", nearest(name, header))
+        if name is None:
             continue
-        other = sides.setdefault(line.group, line.split)
-        if other != line.split:
-            raise UsageError(
-                f"'{line.group}' is in split '{other}' and in split '{line.split}'.",
-                "A patient or scene must stay on one side: correct the labels file.",
+        if header.count(name) > 1:
+            raise UsageError(f"{table}: there are {header.count(name)} columns '{name}'.", "Rename all but one.")
+        found[role] = header.index(name)
+    if "path" not in found:
+        raise UsageError(
+            f"{table}: no column names the sources; it has {', '.join(header) or 'none'}.",
+            f"Call one {' or '.join(USUAL_NAMES['path'])}, or name it with path_column.",
+        )
+    return found
+
+
+class _Folders:
+    """Resolves links in folders' paths, each folder once: a cohort has far more files than folders."""
+
+    def __init__(self) -> None:
+        self._real: dict[str, str] = {}
+
+    def real(self, path: str | os.PathLike) -> str:
+        folder, name = os.path.split(os.path.abspath(path))
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return os.path.join(self._real[folder], name)
+
+    def all_real(self, path: str | os.PathLike) -> tuple[str, ...]:
+        """With links in its folder resolved, and, for a link, what it leads to."""
+        return (self.real(path), os.path.realpath(path)) if os.path.islink(path) else (self.real(path),)
+
+    def holds(self, folder: Path, path: Path) -> bool:
+        return path.is_relative_to(folder) or Path(self.real(path)).is_relative_to(os.path.realpath(folder))
+
+
+class _Names:
+    """The names by which lines may call sources, from the most exact form to the loosest."""
+
+    def __init__(self, sources: Sequence[SourceFile], places: Mapping[Path, str], folders: _Folders) -> None:
+        self._folders = folders
+        self._forms: list[dict[str, list[Path]]] = [{} for _ in range(6)]
+        self._place_form = 1
+        for source in sources:
+            name, place = source.path.name, places.get(source.path)
+            stems = (name.removesuffix(source.suffix), source.path.stem)
+            below = posixpath.dirname(source.relative)
+            real = folders.real(source.path)
+            named: tuple[Iterable[str], ...] = (
+                folders.all_real(source.path),
+                () if place is None else (place,),
+                (source.relative,),
+                (
+                    source.group,
+                    *(posixpath.join(below, stem) for stem in stems),
+                    *(os.path.join(os.path.dirname(real), stem) for stem in stems),
+                ),
+                (name,),
+                stems,
             )
+            for form, calls in zip(self._forms, named, strict=True):
+                for call in dict.fromkeys(calls):
+                    form.setdefault(call, []).append(source.path)
+
+    def find(self, given: str, table: Path) -> list[Path]:
+        """The sources that a line of ``table`` names: none, one, or all of a place.
+
+        Raises:
+            UsageError: if it fits several.
+        """
+        for text in dict.fromkeys((given, given.replace("\\", "/"))):
+            absolute = os.path.join(table.parent, os.path.expanduser(text))
+            keys = dict.fromkeys((text, posixpath.normpath(text), *self._folders.all_real(absolute)))
+            for number, form in enumerate(self._forms):
+                fitting = list(dict.fromkeys(path for key in keys for path in form.get(key, ())))
+                if len(fitting) > 1 and number != self._place_form:
+                    raise UsageError(
+                        f"{table}: '{given}' names {len(fitting)} files, such as {fitting[0]} and {fitting[1]}.",
+                        "Write the path below the given folder, with its suffix.",
+                    )
+                if fitting:
+                    return fitting
+        return []
+
+
+def _refuse_shared_groups(pairs: Iterable[tuple[str | None, str | None]], where: str) -> None:
+    sides: dict[str, set[str]] = defaultdict(set)
+    for group, split in pairs:
+        if group is not None and split is not None:
+            sides[group].add(split)
+    shared = sorted(group for group, found in sides.items() if len(found) > 1)
+    if shared:
+        examples = ", ".join(f"'{group}' ({' and '.join(sorted(sides[group]))})" for group in shared[:3])
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        raise UsageError(
+            f"{where}: on several sides of the split: {examples}{more}.",
+            "A patient or scene must stay on one side: correct the labels file.",
+        )
+
+
+def _absolute(path: str | os.PathLike) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _listed(tables: Sequence[Path]) -> str:
+    return ", ".join(map(str, tables))

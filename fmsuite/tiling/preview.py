@@ -1,8 +1,10 @@
-"""Pictures of where windows are: a thumbnail with outlines of the tissue and of every window."""
+"""Pictures of where windows are: thumbnails with outlines of the tissue and of every window, and contact sheets."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -61,20 +63,29 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 8, cell: int = 192
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    columns: int = 8,
+    cell: int = 192,
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
-    """Pictures in rows, each above its caption, whatever their sizes."""
-    line = 14
+    """Pictures in rows, each above its caption, whatever their sizes; those larger than ``cell`` - 4 are reduced."""
+    line = 0 if captions is None else 14
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (min(columns, len(pictures)) * cell, rows * (cell + line)), (255, 255, 255))
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * cell, rows * (cell + line)), background)
     draw = ImageDraw.Draw(sheet)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for number, (picture, caption) in enumerate(zip(pictures, captions or [""] * len(pictures), strict=True)):
         left, top = number % columns * cell, number // columns * (cell + line)
         small = picture.copy()
         small.thumbnail((cell - 4, cell - 4))
         sheet.paste(small, (left + 2, top + 2))
         draw.text((left + 2, top + cell), _ascii(caption)[: cell // 6], fill=(0, 0, 0))
     return sheet
+
+
+def picture_path(folder: Path, number: int, name: str) -> Path:
+    """Where the picture of the ``number``-th source goes: its name's end, of characters that suit any file system."""
+    return folder / f"{number:05d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[-80:]}.png"
 
 
 def with_caption(picture: Image.Image, caption: str) -> Image.Image:

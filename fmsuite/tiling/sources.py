@@ -23,12 +23,14 @@ class SourceFile:
             path is added.
         relative: the path below the folder that was given, with forward slashes; the bare name of a file given itself.
         root: the folder that was given, or the folder of the file that was.
+        suffix: the end of its name that says what it is, such as ``.nii.gz``, as it is written; may be empty.
     """
 
     path: Path
     group: str
     relative: str
     root: Path
+    suffix: str
 
 
 def find_files(
@@ -68,7 +70,8 @@ def find_files(
     members = list(found.values())
     groups = _unique_ids([(relative, root) for _, relative, root in members], endings)
     return [
-        SourceFile(path, group, relative, root) for (path, relative, root), group in zip(members, groups, strict=True)
+        SourceFile(path, group, relative, root, _suffix(relative, endings))
+        for (path, relative, root), group in zip(members, groups, strict=True)
     ]
 
 
@@ -95,15 +98,19 @@ def _walk(root: Path) -> Iterator[Path]:
 def _unique_ids(members: list[tuple[str, Path]], endings: tuple[str, ...]) -> list[str]:
     """The shortest form for each member that no other member has."""
     forms = [
-        (_without_suffix(relative, endings), relative, f"{root.name}/{relative}", (root / relative).as_posix())
+        (
+            relative.removesuffix(_suffix(relative, endings)),
+            relative,
+            f"{root.name}/{relative}",
+            (root / relative).as_posix(),
+        )
         for relative, root in members
     ]
     counts = Counter(form for row in forms for form in set(row))
     return [next(form for form in row if counts[form] == 1) if counts[row[0]] > 1 else row[0] for row in forms]
 
 
-def _without_suffix(relative: str, endings: tuple[str, ...]) -> str:
-    fitting = [ending for ending in endings if relative.lower().endswith(ending)]
-    if fitting:
-        return relative[: -len(max(fitting, key=len))]
-    return relative[: -len(Path(relative).suffix)] if Path(relative).suffix else relative
+def _suffix(relative: str, endings: tuple[str, ...]) -> str:
+    name = Path(relative).name
+    fitting = [len(ending) for ending in endings if name.lower().endswith(ending) and len(name) > len(ending)]
+    return name[-max(fitting) :] if fitting else Path(relative).suffix

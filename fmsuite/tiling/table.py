@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fmsuite.core.data.index import SCHEMA, SampleIndex
+from fmsuite.core.data.index import SCHEMA, SampleIndex, Window
 
 
 def window_table(
@@ -65,3 +66,36 @@ def join_tables(tables: Sequence[pa.Table], metadata: dict[str, Any]) -> SampleI
         return SampleIndex.from_windows([], metadata)
     table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     return SampleIndex(table.cast(SCHEMA), metadata)
+
+
+@dataclass(frozen=True)
+class SourceWindows:
+    """The windows of one source.
+
+    Attributes:
+        first: the first of them.
+        positions: (N, A) corners of all of them, in the index's order.
+    """
+
+    first: Window
+    positions: np.ndarray
+
+
+def windows_by_source(index: SampleIndex) -> Iterator[SourceWindows]:
+    """The windows of each source of an index made by ``window_table``, sources in the order of their first windows."""
+    if not len(index):
+        return
+    column = index.table.column("source").cast(pa.string()).to_numpy(zero_copy_only=False)
+    names, first, codes = np.unique(column, return_index=True, return_inverse=True)
+    positions = np.asarray(index.table.column("position").combine_chunks().flatten()).reshape(len(index), -1)
+    order = np.argsort(codes, kind="stable")
+    edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    for code in np.argsort(first):
+        yield SourceWindows(index[int(first[code])], positions[order[edges[code] : edges[code + 1]]])
+
+
+def spread_rows(length: int, count: int) -> np.ndarray:
+    """At most ``count`` of ``length`` rows, evenly spread: (K,) int64, ascending, without repetition."""
+    if length <= count:
+        return np.arange(length)
+    return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))

@@ -6,8 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from fmsuite import __version__
+from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.encoders import load_encoder, save_encoder
+from fmsuite.core.inputs import Channel, InputSpec
 
 
 def test_version_is_shown(fmsuite: Callable) -> None:
@@ -90,3 +95,51 @@ def test_an_unexpected_error_is_one_line_unless_debugging(fmsuite: Callable, mon
     assert "unexpected RuntimeError: the roof fell in" in plain.text
     assert "Traceback" not in plain.text
     assert "Traceback" in fmsuite("list", "models", "--debug").text
+
+
+def test_an_unexpected_error_in_a_data_worker_is_one_line_unless_debugging(
+    fmsuite: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(what: str) -> None:
+        next(iter(DataLoader(FallingRoof(), num_workers=1)))
+
+    monkeypatch.setattr("fmsuite.commands.catalogue.catalogue", broken)
+    plain = fmsuite("list", "models")
+    assert plain.code == 1
+    assert "unexpected RuntimeError: RuntimeError: the roof fell in This was row 3." in plain.text
+    assert "Traceback" not in plain.text
+    assert "Original Traceback" in fmsuite("list", "models", "--debug").text
+
+
+class FallingRoof(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> None:
+        error = RuntimeError("the roof fell in")
+        error.add_note("This was row 3.")
+        raise error
+
+
+def test_a_system_error_names_the_file_and_is_no_defect(fmsuite: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(what: str) -> None:
+        raise OSError(28, "No space left on device", "index.parquet")
+
+    monkeypatch.setattr("fmsuite.commands.catalogue.catalogue", full)
+    ran = fmsuite("list", "models")
+    assert ran.code == 1
+    assert "error: index.parquet: No space left on device." in ran.text
+    assert "defect" not in ran.text
+
+
+def test_an_encoder_that_timm_cannot_hold_is_exported_in_the_native_layout(fmsuite: Callable, tmp_path: Path) -> None:
+    spec = InputSpec(axes=("z", "y", "x"), size=(8, 8, 8), channels=(Channel(name="CT"),))
+    model = VisionTransformer(ModelConfig(width=16, depth=1, heads=2, patch_size=4), spec)
+    save_encoder(tmp_path / "run", model, spec, "cls", {})
+    out = tmp_path / "new" / "model.safetensors"
+    refused = fmsuite("export", tmp_path / "run", "--out", out)
+    assert refused.code == 2
+    assert "--layout native" in refused.text
+    assert not out.exists()
+    assert fmsuite("export", tmp_path / "run", "--out", out, "--layout", "native").code == 0
+    assert load_encoder(out).identity == load_encoder(tmp_path / "run").identity

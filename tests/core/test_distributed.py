@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,3 +54,46 @@ def test_a_group_of_one_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, 
         assert distributed.active()  # A group that someone else made is left alone.
     finally:
         dist.destroy_process_group()
+
+
+SLOW_MAIN = """
+import functools, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from fmsuite.core import distributed
+
+dist.init_process_group = functools.partial(dist.init_process_group, timeout=timedelta(seconds=1))
+with distributed.process_group(torch.device("cpu")):
+    if distributed.is_main():
+        time.sleep(2.5)
+    assert distributed.from_main("index" if distributed.is_main() else None) == "index"
+    if distributed.is_main():
+        time.sleep(2.5)
+    distributed.barrier()
+    assert distributed.gather_objects(distributed.rank()) == [0, 1]
+    assert distributed.all_sum(torch.ones(())).item() == 2
+    rank = distributed.rank()
+    value = torch.full((2, 3), float(rank), requires_grad=True)
+    rows = distributed.gather_rows(value)
+    assert rows[:, 0].tolist() == [0, 0, 1, 1]
+    weights = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]])[rank]
+    (rows.sum(1) * weights).sum().backward()
+    assert value.grad[:, 0].tolist() == [[11, 22], [33, 44]][rank]
+"""
+
+
+def test_ranks_wait_for_the_first_one_beyond_the_time_limit_and_share_rows_with_gradients() -> None:
+    """Rank 0 may read slides for hours while the others stand in a barrier; here the limit is one second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_MAIN], env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said

@@ -105,6 +105,24 @@ def test_identity_changes_with_weights_input_and_pooling() -> None:
     assert _encoder().identity == first.identity
 
 
+def test_a_stored_encoder_keeps_every_option_so_that_later_defaults_do_not_change_it(tmp_path: Path) -> None:
+    encoder = _encoder()
+    save_encoder(tmp_path / "run", encoder.backbone, encoder.spec, encoder.pooling, {})
+    export_encoder(encoder, tmp_path / "timm.safetensors")
+    export_encoder(encoder, tmp_path / "native.safetensors", layout="native")
+    options = set(ModelConfig.model_fields) - {"weights", "input_size"}
+    for name in ("run/encoder.json", "timm.json", "native.json"):
+        described = json.loads((tmp_path / name).read_text())
+        assert set(described["model"]) == options
+        assert described["identity"] == encoder.identity
+
+
+def test_missing_bands_are_named() -> None:
+    bands = RGB.model_copy(update={"channels": RGB.channels[:1]})
+    with pytest.raises(UsageError, match=r"\(green, blue missing\)"):
+        _encoder().check_input(bands)
+
+
 def test_data_that_differ_are_refused_with_every_difference() -> None:
     encoder = _encoder(VOLUME, patch_size=4)
     encoder.check_input(VOLUME.model_copy(update={"size": (16, 16, 16)}))

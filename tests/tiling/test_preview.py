@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-from fmsuite.tiling.preview import CONTOUR, WINDOW, contact_sheet, draw_windows, outline
+from fmsuite.tiling.preview import CONTOUR, WINDOW, contact_sheet, draw_windows, outline, picture_path
 
 
 def test_windows_and_contour_stand_where_they_should() -> None:
@@ -43,3 +45,17 @@ def test_contact_sheet_holds_every_picture() -> None:
     sheet = np.asarray(contact_sheet(pictures, ["a", "b", "Ж"], columns=2, cell=64))
     assert sheet.shape == (2 * 78, 128, 3)
     assert {10, 20, 30} <= set(np.unique(sheet[..., 0]))
+
+
+def test_contact_sheet_without_captions_has_no_room_for_them() -> None:
+    pictures = [Image.new("RGB", (100, 100), (n, 0, 0)) for n in (10, 20, 30)]
+    sheet = np.asarray(contact_sheet(pictures, None, 2, 64, (128, 128, 128)))
+    assert sheet.shape == (128, 128, 3)
+    assert (sheet[2:62, 2:62] == (10, 0, 0)).all()
+    assert (sheet[64:, 64:] == 128).all()
+    assert (sheet[:2] == 128).all()
+
+
+def test_pictures_have_names_that_suit_any_file_system(tmp_path: Path) -> None:
+    assert picture_path(tmp_path, 7, "a b/c:é.svs") == tmp_path / "00007_a_b_c_.svs.png"
+    assert len(picture_path(tmp_path, 7, "x" * 300).name) == 90

@@ -38,8 +38,9 @@ class Features:
         """(B, D) mean over the valid patch tokens; zero where a sample has none."""
         if self.layout.valid is None:
             return self.patches.mean(1)
-        weight = self.layout.valid.to(self.patches.dtype)[..., None]
-        return (self.patches * weight).sum(1) / weight.sum(1).clamp(min=1)
+        # In float32: half precision cannot count beyond a few hundred tokens.
+        weight = self.layout.valid.to(torch.float32)[..., None]
+        return ((self.patches * weight).sum(1) / weight.sum(1).clamp(min=1)).to(self.patches.dtype)
 
     def pooled(self, pooling: str) -> Tensor:
         """(B, D) or (B, 2D) by convention.

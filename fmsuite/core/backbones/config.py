@@ -52,6 +52,8 @@ class ModelConfig(BaseModel):
         rope_theta: base of the rotary frequencies.
         mlp: ``gelu``, or ``swiglu`` with DINOv2's fused layout (timm's ``GluMlp``, ``fc1`` then ``fc2``).
         layer_scale: initial value, or ``None`` for no LayerScale.
+        init: ``normal`` is a truncated normal of standard deviation 0.02 (ViT, DINO, DINOv2); ``xavier`` is Glorot's
+            uniform law, with the patch projection treated as a linear layer (MAE).
         drop_path: rate of the last block; it grows linearly from 0 at the first unless ``drop_path_uniform``.
         min_valid: share of valid values that a patch needs to be a token.
         weights: anything ``load_encoder`` opens, to start from (continued pretraining).
@@ -77,6 +79,7 @@ class ModelConfig(BaseModel):
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True
     layer_scale: float | None = None
+    init: Literal["normal", "xavier"] = "normal"
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     drop_path_uniform: bool = False
     min_valid: float = Field(default=0.5, gt=0, le=1)

@@ -179,12 +179,19 @@ class Block(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), keys)
 
 
-def init_transformer(module: nn.Module, std: float = 0.02) -> None:
-    """Truncated normal (standard deviation ``std``) for the weights of linear layers and patch projections, zero for
-    their biases, one and zero for norms: the initialisation of ViT, DINO and DINOv2. Use it as
-    ``module.apply(init_transformer)``."""
+def init_transformer(module: nn.Module, law: Literal["normal", "xavier"] = "normal") -> None:
+    """Starting values of a layer: weights by ``law``, biases zero, norms one and zero. For ``module.apply``.
+
+    Args:
+        law: ``normal``: truncated normal of standard deviation 0.02, as ViT, DINO and DINOv2 have it. ``xavier``:
+            uniform with variance 2 / (fan in + fan out), a patch projection counting as the linear layer that it is,
+            as MAE has it (He et al. 2021, appendix A.1).
+    """
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        nn.init.trunc_normal_(module.weight, std=std)
+        if law == "normal":
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):

@@ -51,11 +51,15 @@ def to_timm(model: VisionTransformer, pooling: str = "cls") -> TimmLayout:
     Raises:
         UsageError: naming why timm cannot hold the model: its input, rotary or physical positions.
     """
-    refuse_input(model.spec, "timm's VisionTransformer")
+    way_out = "Export it with the layout 'native' (--layout native)."
+    try:
+        refuse_input(model.spec, "timm's VisionTransformer")
+    except UsageError as error:
+        raise UsageError(error.message, way_out) from error
     config = model.config
     if config.positions == "rotary" or config.position_units == "physical":
         what = "rotary" if config.positions == "rotary" else "physical"
-        raise UsageError(f"timm's VisionTransformer has no {what} positions like this model's.", "Use layout='native'.")
+        raise UsageError(f"timm's VisionTransformer has no {what} positions like this model's.", way_out)
     folded = []
     state = {key: value.detach().clone() for key, value in model.state_dict().items() if key != "mask_token"}
     cls_row = model.positions_for_cls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class VisionTransformer(Backbone):
     ``config.positions_cls``, to the class token; never to registers. Parameters have the names of timm's
     ``VisionTransformer`` (``cls_token reg_token pos_embed patch_embed blocks norm``), and ``mask_token`` besides.
 
-    All weights start as a truncated normal of standard deviation 0.02, biases at zero.
+    Weights start as ``config.init`` says (see ``init_transformer``), tokens and position tables as a truncated normal
+    of standard deviation 0.02, biases at zero.
 
     Args:
         config: the shape; ``config.name`` must be a named size. ``config.weights`` is not read here (see
@@ -87,7 +89,7 @@ class VisionTransformer(Backbone):
 
     def init_weights(self) -> None:
         """Set every parameter to its starting value (PyTorch's global generator)."""
-        self.apply(init_transformer)
+        self.apply(partial(init_transformer, law=self.config.init))
         for token in (self.cls_token, self.reg_token, self.mask_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)

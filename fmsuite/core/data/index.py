@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
 )
 _METADATA_KEY = b"fmsuite"
 FORMAT_VERSION = 1
+_HASHED_ROWS = 1 << 16
 
 
 @dataclass
@@ -126,10 +127,18 @@ class SampleIndex:
     def hash(self) -> str:
         """A digest of the rows (not of the metadata), equal for equal windows however they are stored."""
         digest = hashlib.sha256()
+        # In slices: the paths of a hundred million windows do not fit in memory at once.
+        for start in range(0, len(self), _HASHED_ROWS):
+            self._hash_rows(digest, self.table.slice(start, _HASHED_ROWS))
+        return digest.hexdigest()[:16]
+
+    @staticmethod
+    def _hash_rows(digest: Any, rows: pa.Table) -> None:
         for name in SCHEMA.names:
-            column = self.table.column(name).combine_chunks()
-            if isinstance(column, pa.DictionaryArray):
+            column = rows.column(name)
+            if pa.types.is_dictionary(column.type):
                 column = column.cast(pa.string())
+            column = column.combine_chunks()
             if isinstance(column, pa.ListArray):
                 digest.update(np.diff(column.offsets.to_numpy()).astype("<i8").tobytes())
                 digest.update(column.flatten().to_numpy().astype("<f8").tobytes())
@@ -137,7 +146,6 @@ class SampleIndex:
                 digest.update(column.to_numpy(zero_copy_only=False).astype("<f4").tobytes())
             else:
                 digest.update(json.dumps(column.to_pylist(), ensure_ascii=False).encode())
-        return digest.hexdigest()[:16]
 
     def write(self, path: str | os.PathLike) -> None:
         """Write atomically: the file is whole or absent."""

@@ -161,7 +161,7 @@ class ViewPipeline:
         if request.size:
             if len(source.size) != len(self.axes):
                 raise ValueError(f"the reader gave an array of size {source.size} for the axes {self.axes}")
-            size = tuple(n if a in self.spatial else source.size[a] for a, n in enumerate(request.size))
+            size = tuple(n if a in self.spatial else round(source.size[a]) for a, n in enumerate(request.size))
             whole = isinstance(source, ArraySample)
             start, extent = random_box(source.size, request.scale, request.ratio, self.spatial, draw, whole)
             cut = source.crop(start, extent, size)

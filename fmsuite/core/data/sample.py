@@ -39,10 +39,13 @@ class Sample(ABC):
     at a finer level) subclasses this and does so in ``crop``.
 
     Attributes:
-        size: length along each of the input's axes, in the units in which crops are asked for.
+        size: length along each of the input's axes, in the units in which crops are asked for; a pixel array has whole
+            pixels, a drawing may measure any number of units.
     """
 
-    size: tuple[int, ...]
+    @property
+    @abstractmethod
+    def size(self) -> tuple[float, ...]: ...
 
     @abstractmethod
     def crop(self, start: tuple[float, ...], extent: tuple[float, ...], size: tuple[int, ...]) -> ArraySample:
@@ -70,7 +73,7 @@ class ArraySample(Sample):
     maps: dict[str, Array] = field(default_factory=dict)
 
     @property
-    def size(self) -> tuple[int, ...]:  # type: ignore[override]
+    def size(self) -> tuple[int, ...]:
         return tuple(self.values.shape[1:])
 
     def crop(self, start: tuple[float, ...], extent: tuple[float, ...], size: tuple[int, ...]) -> ArraySample:

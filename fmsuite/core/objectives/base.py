@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -120,7 +119,3 @@ def find_objective(name: str) -> type[Objective]:
     if name not in OBJECTIVES:
         raise UsageError(f"There is no objective '{name}'.", nearest(name, OBJECTIVES))
     return OBJECTIVES[name]
-
-
-Schedule = Callable[[int], float]
-"""A value for each optimiser step."""

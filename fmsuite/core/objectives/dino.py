@@ -40,12 +40,12 @@ class DINO(SelfDistillation):
         crops = self.encode(batch)
         with torch.no_grad():
             logits = self.teacher_head(crops.teacher)
-            targets = self.centre.assign(logits, self.teacher_temperature(context))
+            targets = self.centre.assign(logits, self.teacher_temp(context))
             if self.training:
                 seen = logits[crops.usable[:2]]
                 self.centre.observe(seen.sum(0), len(seen))
         student = self.head(crops.student)
-        return {"loss": other_views_loss(student, targets, self.config.student_temperature, crops.usable)}
+        return {"loss": other_views_loss(student, targets, self.config.student_temp, crops.usable)}
 
     def after_update(self, context: StepContext) -> None:
         super().after_update(context)

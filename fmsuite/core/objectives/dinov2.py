@@ -71,7 +71,7 @@ class DINOv2(MaskedDistillation):
 
     def _assign(self, centre: Centre | None, logits: Tensor, context: StepContext) -> Tensor:
         """(R, K) logits of what counts to probabilities."""
-        temperature = self.teacher_temperature(context)
+        temperature = self.teacher_temp(context)
         if centre is None:
             return sinkhorn(logits, temperature, self.config.sinkhorn_iterations)
         if self.training:

@@ -121,12 +121,12 @@ class MaskedDistillation(SelfDistillation):
             patch_targets = self.patch_targets(hidden, crops, teacher_patch_head, context)
         parts = {
             "class": config.class_weight
-            * other_views_loss(self.head(crops.student), class_targets, config.student_temperature, crops.usable),
+            * other_views_loss(self.head(crops.student), class_targets, config.student_temp, crops.usable),
             "patch": config.patch_weight
             * masked_patch_loss(
                 patch_head(crops.student_patches[crops.mask]),
                 patch_targets,
-                config.student_temperature,
+                config.student_temp,
                 crops.mask,
                 crops.usable[:2].sum(),
             ),
@@ -138,25 +138,25 @@ class MaskedDistillation(SelfDistillation):
 class IBOTConfig(MaskedDistillationConfig):
     """
     Attributes:
-        patch_temperature, patch_temperature_start: the teacher's temperature at patches; its warm-up is as long as the
-            class token's.
+        teacher_patch_temp, teacher_patch_temp_start: the teacher's temperature at patches; its warm-up is as long as
+            the class token's.
     """
 
     local_crops: int = Field(default=10, ge=0)
     global_scale: tuple[float, float] = (0.25, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.25)
     prototypes: int = Field(default=8192, ge=2)
-    patch_temperature: float = Field(default=0.07, gt=0)
-    patch_temperature_start: float = Field(default=0.04, gt=0)
+    teacher_patch_temp: float = Field(default=0.07, gt=0)
+    teacher_patch_temp_start: float = Field(default=0.04, gt=0)
 
 
 @register
 class IBOT(MaskedDistillation):
     """DINO's class term, and the same cross-entropy at masked patches of the same view.
 
-    ``loss = L_class + L_patch`` (equation 3) with DINO's ``L_class`` and, for a view with masked tokens M,
-    ``L_patch = mean_{i in M} H(softmax((t_i - c') / tau'_t), softmax(s_i / tau_s))`` (equation 2), averaged over all
-    global crops. The teacher sees the whole crop. Class and patch logits have centres of their own; the patches' is the
+    ``loss = L_class + L_patch`` (section 3.1) with DINO's ``L_class`` and, for a view with masked tokens M,
+    ``L_patch = mean_{i in M} H(softmax((t_i - c') / tau'_t), softmax(s_i / tau_s))``, averaged over all global
+    crops. The teacher sees the whole crop. Class and patch logits have centres of their own; the patches' is the
     moving average over all valid tokens of the teacher, masked or not.
     """
 
@@ -176,7 +176,7 @@ class IBOT(MaskedDistillation):
         if self.training:
             seen = logits[usable]
             self.centre.observe(seen.sum(0), len(seen))
-        return self.centre.assign(logits, self.teacher_temperature(context))
+        return self.centre.assign(logits, self.teacher_temp(context))
 
     def patch_targets(self, logits: Tensor, crops: Crops, head: DINOHead, context: StepContext) -> Tensor:
         if self.training:
@@ -184,7 +184,7 @@ class IBOT(MaskedDistillation):
             # Prototypes are linear in the embedding, so the sum of all logits costs one row, not one a token.
             self.patch_centre.observe(head.last_layer(head.embed(patches).sum(0)), len(patches))
         config = self.config
-        temperature = self._warm(config.patch_temperature_start, config.patch_temperature, context)
+        temperature = self._warm(config.teacher_patch_temp_start, config.teacher_patch_temp, context)
         return self.patch_centre.assign(logits, temperature)
 
     def after_update(self, context: StepContext) -> None:

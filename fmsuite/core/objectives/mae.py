@@ -54,6 +54,33 @@ class MAEConfig(ObjectiveConfig):
     augment: Literal["none", "weak", "strong"] = "weak"
 
 
+def patch_targets(grid: PatchGrid, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What masked patches are compared with, over their valid values only (He et al. 2021, section 3).
+
+    Args:
+        grid: cuts the view into N patches of up to P values.
+        view: normalised pixels.
+
+    Returns:
+        values: (B, N, P) float32, zero where not counted.
+        weight: (B, N, P) float32, 1 at values that exist and are valid, else 0.
+        mean, spread: (B, N, 1) float32, mean and ``sqrt(variance + 1e-6)`` (unbiased) of each patch's counted values.
+    """
+    pixels = grid.patchify(view.pixels.to(torch.float32))
+    exists = grid.element_mask(pixels.device)
+    counted = exists.repeat_interleave(pixels.shape[1] // len(exists), dim=0).expand_as(pixels)
+    if view.valid is not None:
+        full = view.valid.expand(-1, view.pixels.shape[1], *view.pixels.shape[2:])
+        counted = counted & (grid.patchify(full.to(torch.float32)) > 0)
+    pixels = torch.where(counted, pixels, 0.0)
+    weight = counted.to(torch.float32)
+    number = weight.sum(-1, keepdim=True)
+    mean = pixels.sum(-1, keepdim=True) / number.clamp(min=1)
+    square = (weight * (pixels - mean) ** 2).sum(-1, keepdim=True)
+    spread = (square / (number - 1).clamp(min=1) + EPSILON).sqrt()
+    return pixels, weight, mean, spread
+
+
 def _init_linear(module: nn.Module) -> None:
     """Xavier uniform, as MAE initialises its linear layers (appendix A.1)."""
     if isinstance(module, nn.Linear):
@@ -186,23 +213,6 @@ class MAE(Objective):
         width = self.grid.patch_values
         return torch.cat([functional.pad(output, (0, width - output.shape[-1])) for output in outputs], dim=1)
 
-    def _target(self, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels by patch (B, N, P) float32 with zeros where not counted, which values count (same shape, 0 or 1), and
-        the (B, N, 1) mean and standard deviation that ``norm_pix`` takes out."""
-        pixels = self.grid.patchify(view.pixels.to(torch.float32))
-        exists = self.grid.element_mask(pixels.device)
-        counted = exists.repeat_interleave(pixels.shape[1] // len(exists), dim=0).expand_as(pixels)
-        if view.valid is not None:
-            full = view.valid.expand(-1, view.pixels.shape[1], *view.pixels.shape[2:])
-            counted = counted & (self.grid.patchify(full.to(torch.float32)) > 0)
-        pixels = torch.where(counted, pixels, 0.0)
-        weight = counted.to(torch.float32)
-        number = weight.sum(-1, keepdim=True)
-        mean = pixels.sum(-1, keepdim=True) / number.clamp(min=1)
-        square = (weight * (pixels - mean) ** 2).sum(-1, keepdim=True)
-        spread = (square / (number - 1).clamp(min=1) + EPSILON).sqrt()
-        return pixels, weight, mean, spread
-
     def reconstruction_loss(self, view: View, prediction: Tensor, mask: Tensor) -> Tensor:
         """The equation in the class's docstring, over the masked tokens of all ranks.
 
@@ -212,7 +222,7 @@ class MAE(Objective):
             mask: (B, N) bool.
         """
         with torch.autocast(prediction.device.type, enabled=False):
-            target, weight, mean, spread = self._target(view)
+            target, weight, mean, spread = patch_targets(self.grid, view)
             if self.config.norm_pix:
                 target = (target - mean) / spread
             error = (weight * (prediction.to(torch.float32) - target) ** 2).sum(-1) / weight.sum(-1).clamp(min=1)
@@ -232,6 +242,6 @@ class MAE(Objective):
         pixels = self.grid.patchify(view.pixels.to(torch.float32))
         prediction = prediction.to(torch.float32)
         if self.config.norm_pix:
-            _, _, mean, spread = self._target(view)
+            _, _, mean, spread = patch_targets(self.grid, view)
             prediction = prediction * spread + mean
         return self.grid.unpatchify(torch.where(mask[..., None], prediction, pixels), tuple(view.pixels.shape[2:]))

@@ -37,9 +37,8 @@ class SelfDistillationConfig(ObjectiveConfig):
         global_scale, local_scale: range of a crop's share of the sample.
         ratio: range of the crops' aspect ratio.
         augment: strength of the domain's augmentation.
-        student_temperature: of the student's softmax.
-        teacher_temperature, teacher_temperature_start, teacher_temperature_warmup: the teacher's, and its linear
-            warm-up.
+        student_temp: of the student's softmax.
+        teacher_temp, teacher_temp_start, teacher_temp_warmup: the teacher's, and its linear warm-up.
         momentum, momentum_end: of the teacher's moving average, on a cosine over the run.
         freeze_last_layer: how long the prototypes stay as they are.
         prototypes, head_hidden, head_bottleneck, head_layers: shape of the head.
@@ -54,10 +53,10 @@ class SelfDistillationConfig(ObjectiveConfig):
     local_scale: tuple[float, float] = (0.05, 0.4)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     augment: Literal["none", "weak", "strong"] = "strong"
-    student_temperature: float = Field(default=0.1, gt=0)
-    teacher_temperature: float = Field(default=0.07, gt=0)
-    teacher_temperature_start: float = Field(default=0.04, gt=0)
-    teacher_temperature_warmup: Duration = "30ep"
+    student_temp: float = Field(default=0.1, gt=0)
+    teacher_temp: float = Field(default=0.07, gt=0)
+    teacher_temp_start: float = Field(default=0.04, gt=0)
+    teacher_temp_warmup: Duration = "30ep"
     momentum: float = Field(default=0.996, ge=0, le=1)
     momentum_end: float = Field(default=1.0, ge=0, le=1)
     freeze_last_layer: Duration = "1ep"
@@ -111,7 +110,7 @@ def other_views_loss(student: Tensor, teacher: Tensor, temperature: float, usabl
 def masked_patch_loss(
     student: Tensor, teacher: Tensor, temperature: float, mask: Tensor, crops: Tensor | None = None
 ) -> Tensor:
-    """The masked-patch term of iBOT (Zhou et al. 2021, equation 2), as iBOT and DINOv2 weigh it: the mean over each
+    """The masked-patch term of iBOT (Zhou et al. 2021, section 3.1), as iBOT and DINOv2 weigh it: the mean over each
     crop's masked tokens, summed and divided by the number of all crops, masked or not.
 
     Args:
@@ -245,13 +244,13 @@ class SelfDistillation(Objective):
             teacher_head.eval()
         return self
 
-    def teacher_temperature(self, context: StepContext) -> float:
+    def teacher_temp(self, context: StepContext) -> float:
         """The teacher's temperature in this step."""
         config = self.config
-        return self._warm(config.teacher_temperature_start, config.teacher_temperature, context)
+        return self._warm(config.teacher_temp_start, config.teacher_temp, context)
 
     def _warm(self, start: float, end: float, context: StepContext) -> float:
-        warmup = self._steps(self.config.teacher_temperature_warmup, context)
+        warmup = self._steps(self.config.teacher_temp_warmup, context)
         return schedules.ramp(start, end, warmup)(context.step)
 
     def _steps(self, duration: Duration, context: StepContext) -> int:
@@ -297,7 +296,7 @@ class SelfDistillation(Objective):
         return valid.any(1).unflatten(0, (views, -1))
 
     def before_update(self, context: StepContext) -> None:
-        """Drop the prototypes' gradients while they are frozen (Caron et al. 2021, appendix C)."""
+        """Drop the prototypes' gradients while they are frozen (``freeze_last_layer`` of DINO's public code)."""
         if context.step < self._steps(self.config.freeze_last_layer, context):
             for head, _ in self.heads():
                 for parameter in head.last_layer.parameters():

@@ -217,12 +217,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, plan: Plan) -> Non
     Raises:
         UsageError: naming every key that differs, with both values.
     """
-    before, now = _flatten(checkpoint.config), _flatten(plain_config(config))
-    differing = [
-        f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key)
-    ]
+    differing = differences(checkpoint.config, plain_config(config))
     if differing:
         raise UsageError(
             f"The checkpoint of step {checkpoint.step} was made with another configuration: {'; '.join(differing)}.",
@@ -242,9 +237,19 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, plan: Plan) -> Non
         )
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ between two ``plain_config`` and may not, with both values."""
+    old, new = _flatten(before), _flatten(now)
+    return [
+        f"{key} (was {old.get(key)!r}, is {new.get(key)!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_free(key)
+    ]
+
+
 def plain_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON values, as checkpoints hold it."""
-    return config.model_dump(mode="json")
+    """The configuration as JSON values under the keys of a recipe, as checkpoints hold it."""
+    return config.to_recipe()
 
 
 def _is_free(key: str) -> bool:

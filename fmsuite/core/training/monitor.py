@@ -97,6 +97,9 @@ class FeatureReport:
 class Monitor:
     """Looks at the encoder's features and reports a collapse when it happens, in one warning until it is over.
 
+    The log warns when two looks in a row find one: healthy runs pass through a narrow space early on (a masked
+    autoencoder first learns the mean patch). ``metrics.jsonl`` has what each look found.
+
     Args:
         probe: the windows to look at.
         knn_k: neighbours that vote.
@@ -107,7 +110,7 @@ class Monitor:
         self.probe = probe
         self.knn_k = knn_k
         self.start = start
-        self.collapsed = False
+        self.looks_collapsed = 0
 
     def look(self, objective: Objective, prepare: Callable[[View], View], step: int) -> FeatureReport:
         """Features of ``objective.encoder`` on the probe set, and what they say.
@@ -126,13 +129,13 @@ class Monitor:
             warning = collapse_warning(rank, std, *(self.start or (None, None)))
             report = FeatureReport(rank, std, self._knn(features), warning)
             self.start = self.start or (rank, std)
-        if report.warning is not None and not self.collapsed:
+        self.looks_collapsed = self.looks_collapsed + 1 if report.warning is not None else 0
+        if self.looks_collapsed == 2:
             logger.warning(
                 "Step %d: the encoder seems to have collapsed: %s. Try a lower optim.lr or a longer optim.warmup.",
                 step,
                 report.warning,
             )
-        self.collapsed = report.warning is not None
         return report
 
     def _knn(self, features: Tensor) -> float | None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmsuite.core.objectives.base import Objective, Schedule
+from fmsuite.core.objectives.base import Objective
 from fmsuite.core.training.config import OptimConfig
-from fmsuite.core.training.schedules import constant, cosine, resolve
+from fmsuite.core.training.schedules import Schedule, constant, cosine, resolve
 
 _TABLES = re.compile(r"token|pos_embed|position|gamma", re.IGNORECASE)
 

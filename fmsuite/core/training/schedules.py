@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
-from fmsuite.core.objectives.base import Schedule
 from fmsuite.core.training.config import Duration, TrainingConfig
 from fmsuite.errors import UsageError
+
+Schedule = Callable[[int], float]
+"""A value for each optimiser step."""
 
 _WITH_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|epochs?|%)\s*")
 
@@ -63,7 +66,7 @@ def linear(start: float, end: float, total: int) -> Schedule:
 def ramp(start: float, end: float, steps: int) -> Schedule:
     """A straight line whose first value is ``start`` and whose last, at step ``steps - 1``, is ``end``; constant from
     there on. This is ``numpy.linspace(start, end, steps)`` continued, as DINO warms up the teacher's temperature
-    (Caron et al. 2021, section 3.1). With fewer than two steps it is ``end`` throughout.
+    (Caron et al. 2021, section 3.2). With fewer than two steps it is ``end`` throughout.
     """
 
     def value(step: int) -> float:
@@ -75,7 +78,7 @@ def ramp(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine(start: float, end: float, total: int, warmup: int = 0, warmup_start: float = 0.0) -> Schedule:
-    """Linear warm-up, then half a cosine: the schedule of DINO (Caron et al. 2021, appendix C), number by number.
+    """Linear warm-up, then half a cosine: the schedule of DINO (Caron et al. 2021, section 3.2), number by number.
 
     Step i < ``warmup`` has the i-th of ``numpy.linspace(warmup_start, start, warmup)``. After it, with j = i - warmup
     and n = total - warmup, the value is ``end + (start - end) (1 + cos(pi j / n)) / 2``; from step ``total`` on it

@@ -19,7 +19,7 @@ from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.volumes import SUFFIXES, Volume, load_volume, monai_transforms, resampling
 from fmsuite.domains.medical.windows import windows_over
 from fmsuite.errors import ReadFailure, UsageError
-from fmsuite.tiling.labels import SourceLabel, assign_labels, find_labels
+from fmsuite.tiling.labels import SourceLabel, assign_labels
 from fmsuite.tiling.sources import SourceFile, find_files
 from fmsuite.tiling.table import join_tables, window_table
 
@@ -47,9 +47,7 @@ class MedicalDomain(Domain):
 
     def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
         files = find_files(paths, SUFFIXES, "NIfTI volumes")
-        labels = assign_labels(find_labels(self.options.labels, paths), files)
-        for line in labels.unmatched:
-            skipped.add(line, "labels", "the labels file names it, but no such volume was found. Correct the line.")
+        labels = assign_labels(self.options, paths, files, skipped)
         monai_transforms()
         tables: list[pa.Table] = []
         intensities: dict[str, Any] = {}
@@ -66,7 +64,11 @@ class MedicalDomain(Domain):
                 continue
             tables.append(table)
         options = self.options.model_dump(mode="json")
-        metadata: dict[str, Any] = {"domain": self.name, "options": {key: options[key] for key in GEOMETRY}}
+        metadata: dict[str, Any] = {
+            "domain": self.name,
+            "options": {key: options[key] for key in GEOMETRY},
+            "labels": labels.summary(),
+        }
         if self.options.modality == "mr":
             metadata["intensities"] = intensities
         elif tables:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fmsuite.domains.base import DomainOptions
+from fmsuite.tiling.labels import LabelOptions
 
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Voxels = Annotated[int, Field(ge=1)]
 
 
-class MedicalOptions(DomainOptions):
-    """How volumes become windows.
+class MedicalOptions(DomainOptions, LabelOptions):
+    """How volumes become windows, and what is known about the volumes (``LabelOptions``; a group is a patient).
 
     Tuples are in the order of the array's axes, (z, y, x).
 
@@ -29,8 +29,6 @@ class MedicalOptions(DomainOptions):
         hu_window: Hounsfield units that become 0 and 1; values outside are clipped. CT only.
         channels: names of the channels. A 4D file is read as channels only if this names each of its volumes; without
             it a 3D file has one channel, named after the modality.
-        labels: CSV with a column ``path`` and any of ``label``, ``group`` (or ``patient``) and ``split``; see
-            ``tiling.labels``. Without it, a ``labels.csv`` directly inside a given folder is used.
         unknown_orientation: a file whose sform and qform codes are both 0 does not say how it lies in the patient.
             ``skip`` leaves it out; ``assume`` takes NIfTI's fallback, in which the first axis grows to the patient's
             left, the second to anterior and the third to superior.
@@ -45,7 +43,6 @@ class MedicalOptions(DomainOptions):
     min_foreground: float = Field(default=0.1, ge=0, le=1)
     hu_window: tuple[float, float] = (-1000.0, 1000.0)
     channels: tuple[str, ...] | None = None
-    labels: Path | None = None
     unknown_orientation: Literal["skip", "assume"] = "skip"
     flip_left_right: bool = False
     cached_volumes: int = Field(default=4, ge=1)

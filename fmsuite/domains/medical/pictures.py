@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.inputs import InputSpec
 from fmsuite.domains.medical.reader import VolumeReader, voxel_box
+from fmsuite.tiling.preview import picture_path
 
 MR_WINDOW = (-2.5, 2.5)
 """Standard deviations of the foreground that are drawn black and white."""
@@ -33,14 +34,7 @@ def montage(values: np.ndarray, spec: InputSpec, spacing: Sequence[float] | None
     grey = _grey(values[0], spec)
     scale = _stretch(spacing or spec.spacing)
     panels = [_plane(grey, plane, grey.shape[plane[0]] // 2, scale) for plane in PLANES]
-    height = max(len(panel) for panel in panels)
-    width = sum(panel.shape[1] for panel in panels) + GAP * (len(panels) - 1)
-    picture = np.zeros((height, width, 3), dtype=np.uint8)
-    left = 0
-    for panel in panels:
-        picture[: len(panel), left : left + panel.shape[1]] = panel[..., None]
-        left += panel.shape[1] + GAP
-    return picture
+    return _side_by_side([panel[..., None] for panel in panels])
 
 
 def draw_windows(index: SampleIndex, reader: VolumeReader, spec: InputSpec, folder: Path) -> list[Path]:
@@ -70,17 +64,23 @@ def draw_windows(index: SampleIndex, reader: VolumeReader, spec: InputSpec, fold
                     y1, y0 = ((grey.shape[up] - edge) * scale[up] for edge in (start[up], start[up] + size[up]))
                     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, panel.width), min(y1, panel.height)
                     draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR)
-            panels.append(panel)
-        sheet = Image.new("RGB", (sum(p.width for p in panels) + 2 * GAP, max(p.height for p in panels)))
-        left = 0
-        for panel in panels:
-            sheet.paste(panel, (left, 0))
-            left += panel.width + GAP
-        name = Path(source).name.removesuffix(".gz").removesuffix(".nii")
-        path = folder / f"{number:05d}_{name}.png"
-        sheet.save(path)
+            panels.append(np.asarray(panel))
+        path = picture_path(folder, number, Path(source).name.removesuffix(".gz").removesuffix(".nii"))
+        Image.fromarray(_side_by_side(panels)).save(path)
         written.append(path)
     return written
+
+
+def _side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
+    """(H, W, 1 or 3) uint8 each; black below the lower ones."""
+    height = max(len(panel) for panel in panels)
+    width = sum(panel.shape[1] for panel in panels) + GAP * (len(panels) - 1)
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    left = 0
+    for panel in panels:
+        picture[: len(panel), left : left + panel.shape[1]] = panel
+        left += panel.shape[1] + GAP
+    return picture
 
 
 def _grey(volume: np.ndarray, spec: InputSpec) -> np.ndarray:

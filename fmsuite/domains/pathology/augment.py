@@ -12,6 +12,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations
 
 from fmsuite.core.data.sample import ArraySample, Sample
+from fmsuite.tiling.symmetry import turned
 
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Absorbance of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001, table 1)."""
@@ -107,7 +108,8 @@ class StainedTissueAugmentation:
     ) -> ArraySample:
         if strength == "none":
             return sample
-        sample = self._turn(sample, int(generator.integers(8)))
+        symmetry = int(generator.integers(8))
+        sample = turned(sample, symmetry % 4, symmetry >= 4)
         if strength == "weak":
             return sample
         gain = 1 + generator.uniform(-self.stain_gain, self.stain_gain, 3)
@@ -117,20 +119,3 @@ class StainedTissueAugmentation:
         appearance.set_random_seed(int(generator.integers(2**31)))
         picture = appearance(image=np.ascontiguousarray(picture))["image"]
         return sample.replace(values=np.ascontiguousarray(np.moveaxis(picture, -1, 0)))
-
-    def _turn(self, sample: ArraySample, symmetry: int) -> ArraySample:
-        """One of the eight symmetries of the square: ``symmetry % 4`` quarter turns, flipped from 4 on."""
-        turns = symmetry % 4
-        height, width = sample.size
-        if height != width:
-            turns = 2 * (turns % 2)
-
-        def move(array: np.ndarray) -> np.ndarray:
-            array = np.rot90(array, turns, axes=(-2, -1))
-            return np.ascontiguousarray(array[..., ::-1] if symmetry >= 4 else array)
-
-        return sample.replace(
-            values=move(sample.values),
-            valid=None if sample.valid is None else move(sample.valid),
-            maps={name: move(values) for name, values in sample.maps.items()},
-        )

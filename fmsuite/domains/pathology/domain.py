@@ -20,8 +20,9 @@ from fmsuite.domains.pathology.example import make_example
 from fmsuite.domains.pathology.options import PathologyOptions
 from fmsuite.domains.pathology.pictures import draw_previews
 from fmsuite.domains.pathology.reading import SlideReader
-from fmsuite.domains.pathology.windows import SOURCE_FACTS_LIMIT, read_labels, rows_of_files
+from fmsuite.domains.pathology.windows import SOURCE_FACTS_LIMIT, rows_of_files
 from fmsuite.errors import UsageError
+from fmsuite.tiling.labels import assign_labels
 from fmsuite.tiling.sources import find_files
 from fmsuite.tiling.table import join_tables
 
@@ -32,16 +33,16 @@ class PathologyDomain(Domain):
     name: ClassVar[str] = "pathology"
     title: ClassVar[str] = "Whole-slide images (SVS, NDPI, MRXS, SCN, BIF, TIFF, OME-TIFF, DICOM) and tile images"
     Options: ClassVar[type[DomainOptions]] = PathologyOptions
-    default_recipe: ClassVar[str] = "pathology"
+    default_recipe: ClassVar[str] = "pathology-mae"
     options: PathologyOptions
 
     def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
         options = self.options
         files = find_files(paths, options.suffixes, what="slides or tile images")
-        notes, labels = read_labels(paths, files, options)
+        labels = assign_labels(options, paths, files, skipped)
         tables: list[pa.Table] = []
         facts: dict[str, dict[str, Any]] = {}
-        for rows in rows_of_files(progress(files, len(files), "Tiling slides"), notes, options, skipped):
+        for rows in rows_of_files(progress(files, len(files), "Tiling slides"), labels, options, skipped):
             tables.append(rows.table)
             if len(facts) < SOURCE_FACTS_LIMIT:
                 facts[rows.table.column("source")[0].as_py()] = rows.facts
@@ -57,9 +58,8 @@ class PathologyDomain(Domain):
             "mpp": options.mpp,
             "spacing": [options.mpp, options.mpp] if _all_scaled(facts) else None,
             "sources": facts,
+            "labels": labels.summary(),
         }
-        if labels is not None:
-            metadata["labels"] = labels
         return join_tables(tables, metadata)
 
     def input_spec(self, index: SampleIndex) -> InputSpec:

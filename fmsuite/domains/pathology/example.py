@@ -1,9 +1,10 @@
 """Example slides: two tissues that differ in architecture and in nothing else.
 
 Both have the same stains, the same number of nuclei for an area and the same round lumens. In ``glandular`` tissue
-nuclei stand in rings around the lumens, with loose stroma between; in ``solid`` tissue they are spread evenly. Slides
-come in pairs, one of each class, that share stain, scanner colour, resolution and artefacts, so that none of these
-tells the class. What a network learns about it, it has learnt from structure.
+nuclei stand in rings around the lumens, with loose stroma between; in ``solid`` tissue they are spread evenly. Stains
+vary from slide to slide in a way that is balanced between the classes, and slides come in pairs, one of each class,
+that share resolution and artefacts, so that none of these tells the class. What a network learns about it, it has
+learnt from structure.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from fmsuite.core.seeding import generator
 
 LABELS = ("glandular", "solid")
-VERSION = 1
-_PAIR_MPP = (0.5, 0.4942, 0.5034, 0.5, 0.4671)
+VERSION = 4
+_PAIR_MPP = (0.5, 0.4942, 0.5, 0.4942, 0.5)
+_STAIN_RANK = (0, 1, 7, 6, 3, 2, 8, 9, 4, 5)
+"""From pale to dark the classes alternate (A B B A A B B A A B), so neighbours in colour are of either class."""
 _PAIR_SPLIT = ("train", "train", "train", "test", "test")
 _LUMEN_SHARE = 0.10
 _AREA_PER_NUCLEUS = 100.0
@@ -33,7 +36,7 @@ _STAMPS = 96
 
 @dataclass(frozen=True)
 class _Look:
-    """What a pair of slides shares."""
+    """How a slide was stained and scanned."""
 
     mpp: float
     haematoxylin: np.ndarray
@@ -66,7 +69,7 @@ def make_example(folder: Path, seed: int = 0, side_um: float = 1500.0) -> Path:
         return folder
     stamp.unlink(missing_ok=True)
     for number, row in enumerate(rows):
-        look = _look(number // 2, seed)
+        look = _look(number, seed)
         rng = generator(seed, "pathology example", "slide", number)
         write_slide(folder / row["slide"], _paint(row["label"], look, side_um, rng), look.mpp)
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
@@ -121,14 +124,16 @@ def _rows() -> list[dict[str, str]]:
     return rows
 
 
-def _look(pair: int, seed: int) -> _Look:
-    rng = generator(seed, "pathology example", "look", pair)
-    strength = rng.uniform(0.85, 1.2, 2)
+def _look(number: int, seed: int) -> _Look:
+    """Stains and glass vary from slide to slide, whatever the class; resolution and artefacts are a pair's."""
+    rng = generator(seed, "pathology example", "look", number)
+    pair = number // 2
+    strength = (0.94 + 0.013 * _STAIN_RANK[number]) * rng.uniform(0.99, 1.01, 2)
     return _Look(
         mpp=_PAIR_MPP[pair],
-        haematoxylin=np.array([0.85, 0.95, 0.42]) * strength[0] * rng.uniform(0.9, 1.1, 3),
-        eosin=np.array([0.10, 0.62, 0.30]) * strength[1] * rng.uniform(0.85, 1.15, 3),
-        glass=rng.uniform(234, 248) + rng.uniform(-2, 2, 3),
+        haematoxylin=np.array([0.85, 0.95, 0.42]) * strength[0] * rng.uniform(0.985, 1.015, 3),
+        eosin=np.array([0.10, 0.62, 0.30]) * strength[1] * rng.uniform(0.98, 1.02, 3),
+        glass=rng.uniform(236, 246) + rng.uniform(-2, 2, 3),
         pen=((30, 60, 170), (20, 130, 90))[pair // 2] if pair in (1, 3) else None,
         dark_edge=pair == 2,
     )

@@ -7,11 +7,12 @@ from pydantic import Field, field_validator
 from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.pathology.slides import IMAGE_SUFFIXES, SLIDE_SUFFIXES
 from fmsuite.tiling.grid import Edges
+from fmsuite.tiling.labels import LabelOptions
 from fmsuite.tiling.tissue import TissueConfig
 
 
-class PathologyOptions(DomainOptions):
-    """How slides become windows.
+class PathologyOptions(DomainOptions, LabelOptions):
+    """How slides become windows, and what is known about the slides (``LabelOptions``; a group is a patient).
 
     Attributes:
         mpp: resolution of what comes out, um per pixel. Slides are read at exactly this, whatever they were scanned at.
@@ -28,9 +29,6 @@ class PathologyOptions(DomainOptions):
         suffixes: files that are looked for in folders.
         largest_tile: a TIFF without pyramid up to this many pixels wide and high, which OpenSlide does not know as a
             slide, is a tile image.
-        labels: CSV file with labels; ``labels.csv`` in a given folder is found by itself. The empty string uses none.
-        path_column, label_column, group_column, split_column: its columns, where they have unusual names. The group is
-            what must stay on one side of a split: the patient.
     """
 
     mpp: float = Field(default=0.5, gt=0)
@@ -46,11 +44,6 @@ class PathologyOptions(DomainOptions):
     tissue: TissueConfig = TissueConfig()
     suffixes: tuple[str, ...] = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
     largest_tile: int = Field(default=2048, ge=1)
-    labels: str | None = None
-    path_column: str | None = None
-    label_column: str | None = None
-    group_column: str | None = None
-    split_column: str | None = None
 
     @field_validator("suffixes")
     @classmethod

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from fmsuite.core.data.index import SampleIndex
@@ -18,7 +15,8 @@ from fmsuite.domains.pathology.tiff import TiffSource
 from fmsuite.domains.pathology.tiles import ImageSource
 from fmsuite.domains.pathology.windows import look_at_slide
 from fmsuite.errors import ReadFailure, UsageError
-from fmsuite.tiling.preview import contact_sheet, draw_windows
+from fmsuite.tiling.preview import contact_sheet, draw_windows, picture_path
+from fmsuite.tiling.table import spread_rows, windows_by_source
 
 SHEET = 64
 """Tile images on one contact sheet; more than one sheet would show nothing new."""
@@ -42,7 +40,8 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
     written: list[Path] = []
     images: list[str] = []
     failure: ReadFailure | None = None
-    for number, (path, label, starts, extent) in enumerate(_by_source(index)):
+    for number, windows in enumerate(windows_by_source(index)):
+        path, label = windows.first.source, windows.first.label
         if facts.get(path, {}).get("kind") == "image":
             images.append(path)
             continue
@@ -62,14 +61,14 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
         name = facts.get(path, {}).get("slide", Path(path).stem)
         title = f"{name} ({label})" if label else name
         caption = (
-            f"{title}: {len(starts)} windows of {options.size} px at {options.mpp:g} um, "
+            f"{title}: {len(windows.positions)} windows of {options.size} px at {options.mpp:g} um, "
             f"scanned at {look.mpp[1]:.4g} um; tissue {look.tissue.shares['tissue']:.0%}, "
             f"ink {look.tissue.shares['ink']:.0%}, dark {look.tissue.shares['dark']:.0%}"
         )
-        picture = draw_windows(
-            look.thumbnail.rgb, (starts - look.thumbnail.origin) / pitch, extent / pitch, look.tissue.mask, caption
-        )
-        target = folder / f"{number:04d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[-80:]}.png"
+        starts = (windows.positions - look.thumbnail.origin) / pitch
+        extent = np.asarray(windows.first.extent) / pitch
+        picture = draw_windows(look.thumbnail.rgb, starts, extent, look.tissue.mask, caption)
+        target = picture_path(folder, number, name)
         picture.save(target)
         written.append(target)
     if images:
@@ -82,9 +81,8 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
 
 
 def _sheet(images: list[str], options: PathologyOptions) -> Image.Image:
-    places = np.unique(np.linspace(0, len(images) - 1, min(SHEET, len(images))).round().astype(int))
     pictures, captions = [], []
-    for path in (images[place] for place in places):
+    for path in (images[place] for place in spread_rows(len(images), SHEET)):
         source = open_source(path)
         try:
             shape = source.levels[0].shape
@@ -100,15 +98,3 @@ def _sheet(images: list[str], options: PathologyOptions) -> Image.Image:
 
 def _one_tile(source: PixelSource, options: PathologyOptions) -> bool:
     return len(source.levels) == 1 and max(source.levels[0].shape) <= options.largest_tile
-
-
-def _by_source(index: SampleIndex) -> Iterator[tuple[str, str | None, np.ndarray, np.ndarray]]:
-    """(path, label, (N, 2) corners, (2,) extent) of each source, in order of first appearance."""
-    column = index.table.column("source").cast(pa.string()).to_numpy(zero_copy_only=False)
-    names, first, codes = np.unique(column, return_index=True, return_inverse=True)
-    positions = np.asarray(index.table.column("position").combine_chunks().flatten()).reshape(-1, 2)
-    order = np.argsort(codes, kind="stable")
-    edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
-    for code in np.argsort(first):
-        row = index[int(first[code])]
-        yield str(names[code]), row.label, positions[order[edges[code] : edges[code + 1]]], np.asarray(row.extent)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import pyarrow as pa
 
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.seeding import generator
-from fmsuite.domains.pathology.labels import FILE_NAME, Annotation, Columns, Labels, refuse_shared_groups
 from fmsuite.domains.pathology.options import PathologyOptions
 from fmsuite.domains.pathology.reading import Thumbnail, read_region, read_thumbnail, thumbnail_pitch
 from fmsuite.domains.pathology.slides import PixelSource, open_source, true_mpp
 from fmsuite.domains.pathology.tiff import TiffSource
 from fmsuite.domains.pathology.tiles import ImageSource, tile_windows
-from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import box_shares, window_grid
+from fmsuite.tiling.labels import Assigned, SourceLabel
 from fmsuite.tiling.sources import SourceFile
 from fmsuite.tiling.table import window_table
 from fmsuite.tiling.tissue import TissueMask, find_tissue
@@ -66,7 +65,7 @@ def look_at_slide(source: PixelSource, options: PathologyOptions) -> SlideTissue
 
 
 def slide_rows(
-    source: PixelSource, file: SourceFile, note: Annotation, options: PathologyOptions, skipped: SkippedLog
+    source: PixelSource, file: SourceFile, note: SourceLabel, options: PathologyOptions, skipped: SkippedLog
 ) -> SourceRows:
     """The windows of one slide. Places on it that cannot be read are left out and recorded.
 
@@ -132,7 +131,7 @@ def slide_rows(
     return SourceRows(table, facts)
 
 
-def image_rows(source: PixelSource, file: SourceFile, note: Annotation, options: PathologyOptions) -> SourceRows:
+def image_rows(source: PixelSource, file: SourceFile, note: SourceLabel, options: PathologyOptions) -> SourceRows:
     """The windows of one tile image: all of them, since whoever cut it out has already chosen.
 
     Raises:
@@ -182,14 +181,14 @@ def probe(path: str, positions: np.ndarray, extent: tuple[float, float], size: i
 
 def rows_of_files(
     files: Iterable[SourceFile],
-    notes: dict[Path, Annotation],
+    labels: Assigned,
     options: PathologyOptions,
     skipped: SkippedLog,
 ) -> Iterator[SourceRows]:
     """The rows of each file that can be used, one file open at a time; the others are recorded."""
     seen: dict[tuple[str, str], Path] = {}
     for file in files:
-        note = notes.get(file.path, Annotation())
+        note = labels.of(file)
         try:
             source = open_source(str(file.path))
             try:
@@ -208,41 +207,9 @@ def rows_of_files(
 
 
 def _rows(
-    source: PixelSource, file: SourceFile, note: Annotation, options: PathologyOptions, skipped: SkippedLog
+    source: PixelSource, file: SourceFile, note: SourceLabel, options: PathologyOptions, skipped: SkippedLog
 ) -> SourceRows:
     small = max(source.levels[0].shape) <= options.largest_tile
     if isinstance(source, ImageSource) or (isinstance(source, TiffSource) and len(source.levels) == 1 and small):
         return image_rows(source, file, note, options)
     return slide_rows(source, file, note, options, skipped)
-
-
-def read_labels(
-    paths: Sequence[str | os.PathLike], files: Sequence[SourceFile], options: PathologyOptions
-) -> tuple[dict[Path, Annotation], dict[str, Any] | None]:
-    """Annotations of the files, and what to remember of the labels files.
-
-    Raises:
-        UsageError: if a labels file is missing or wrong, or a patient stands on several splits.
-    """
-    columns = Columns(options.path_column, options.label_column, options.group_column, options.split_column)
-    if options.labels:
-        named = Path(options.labels).expanduser()
-        if not named.is_file():
-            raise UsageError(f"{options.labels}: there is no such labels file.", "Check data.labels.")
-        candidates = [named.absolute()]
-    elif options.labels is None:
-        candidates = [Path(path).expanduser().absolute() / FILE_NAME for path in paths]
-        candidates = [path for path in dict.fromkeys(candidates) if path.is_file()]
-    else:
-        candidates = []
-    notes: dict[Path, Annotation] = {}
-    rows = 0
-    for candidate in candidates:
-        labels = Labels(candidate, columns)
-        rows += len(labels)
-        below = [file for file in files if options.labels or file.path.is_relative_to(candidate.parent)]
-        notes.update(labels.match(below))
-    refuse_shared_groups(((note.group, note.split) for note in notes.values()), "labels")
-    if not candidates:
-        return notes, None
-    return notes, {"files": [str(path) for path in candidates], "rows": rows, "matched": len(notes)}

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from fmsuite.core.data.sample import Array, ArraySample, Sample
+from fmsuite.tiling.symmetry import turned
 
 GAIN = 0.1
 """Reflectance: standard deviation of each band's factor, and of the factor that all bands share."""
@@ -47,7 +48,7 @@ class RasterAugmentation:
     ) -> ArraySample:
         if strength == "none":
             return sample
-        sample = _turned(sample, generator)
+        sample = turned(sample, int(generator.integers(4)), bool(generator.integers(2)))
         if strength == "weak":
             return sample
         valid = sample.valid
@@ -74,28 +75,6 @@ class RasterAugmentation:
         mean = (physical * weight).sum(axes, keepdims=True) / np.maximum(weight.sum(axes, keepdims=True), 1)
         factor = np.exp(GAIN * (shared + own)).reshape(shape).astype(np.float32)
         return physical * factor + (OFFSET * shift).reshape(shape).astype(np.float32) * mean
-
-
-def _turned(sample: ArraySample, generator: np.random.Generator) -> ArraySample:
-    """One of the eight symmetries of the square, or of the four of a rectangle."""
-    turns, flip = int(generator.integers(4)), bool(generator.integers(2))
-    height, width = sample.size[-2:]
-    if height != width:
-        turns -= turns % 2
-
-    def turn(array: Array) -> Array:
-        array = np.rot90(array, turns, axes=(-2, -1))
-        return np.ascontiguousarray(array[..., ::-1] if flip else array)
-
-    spacing = sample.spacing
-    if spacing is not None and turns % 2:
-        spacing = (*spacing[:-2], spacing[-1], spacing[-2])
-    return sample.replace(
-        values=turn(sample.values),
-        valid=None if sample.valid is None else turn(sample.valid),
-        spacing=spacing,
-        maps={name: turn(labels) for name, labels in sample.maps.items()},
-    )
 
 
 def _without_bands(sample: ArraySample, probability: float, generator: np.random.Generator) -> ArraySample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -17,10 +16,12 @@ from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
 from fmsuite.domains.remote_sensing.indexing import build_index, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
-from fmsuite.domains.remote_sensing.pictures import draw, draw_overview
+from fmsuite.domains.remote_sensing.pictures import draw
 from fmsuite.domains.remote_sensing.raster import open_raster
 from fmsuite.domains.remote_sensing.reader import RasterReader
 from fmsuite.errors import UsageError
+from fmsuite.tiling.preview import draw_windows, picture_path
+from fmsuite.tiling.table import windows_by_source
 
 PREVIEW_SIZE = 1024
 """Longest side of an overview, pixels."""
@@ -32,7 +33,7 @@ class RemoteSensingDomain(Domain):
     name: ClassVar[str] = "remote_sensing"
     title: ClassVar[str] = "multispectral and SAR rasters: GeoTIFF, COG, VRT, JPEG 2000; single dates and time series"
     Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
-    default_recipe: ClassVar[str] = "remote_sensing_mae"
+    default_recipe: ClassVar[str] = "remote-sensing-mae"
 
     options: RemoteSensingOptions
 
@@ -102,23 +103,19 @@ class RemoteSensingDomain(Domain):
         """
         options, spec = _options_of(index), self.input_spec(index)
         flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
-        boxes: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {}
-        groups: dict[str, str] = {}
-        for row in range(len(index)):
-            window = index[row]
-            groups[window.source] = window.group
-            corner, extent = window.position[-2:], window.extent[-2:]
-            boxes.setdefault(window.source, []).append(((corner[0], corner[1]), (extent[0], extent[1])))
+        folder.mkdir(parents=True, exist_ok=True)
         pictures: list[Path] = []
-        for number, source in enumerate(boxes):
-            raster = open_raster(source, options)
+        for number, windows in enumerate(windows_by_source(index)):
+            raster = open_raster(windows.first.source, options)
             try:
                 values = raster.overview(spec.channel_names, PREVIEW_SIZE, options)
-                shrink = (raster.height / values.shape[1], raster.width / values.shape[2])
+                shrink = np.array([raster.height / values.shape[1], raster.width / values.shape[2]])
             finally:
                 raster.close()
-            path = Path(folder) / f"{number:04d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', groups[source])[-80:]}.png"
-            draw_overview(values, flat, shrink, boxes[source], path, options.nodata)
+            rgb = draw(values, flat, options.nodata)
+            starts, extent = windows.positions[:, -2:] / shrink, np.array(windows.first.extent[-2:]) / shrink
+            path = picture_path(folder, number, windows.first.group)
+            draw_windows(rgb, starts, extent, longest=max(rgb.shape)).save(path)
             pictures.append(path)
         return pictures
 

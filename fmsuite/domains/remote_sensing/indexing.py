@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,15 +17,15 @@ import pyarrow as pa
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.base import Progress
-from fmsuite.domains.remote_sensing.labels import Labelled, assign_labels, find_labels
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.raster import SUFFIXES, open_raster
 from fmsuite.domains.remote_sensing.reader import Dates, RasterReader
-from fmsuite.domains.remote_sensing.statistics import BandStatistics, spread_rows
+from fmsuite.domains.remote_sensing.statistics import BandStatistics
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import window_grid
+from fmsuite.tiling.labels import SourceLabel, assign_labels
 from fmsuite.tiling.sources import SourceFile, find_files
-from fmsuite.tiling.table import join_tables, window_table
+from fmsuite.tiling.table import join_tables, spread_rows, window_table
 
 EPOCH = datetime.date(2000, 1, 1)
 SMALLEST_SHARE = 0.01
@@ -54,10 +55,17 @@ class Probe:
 
 @dataclass
 class Unit:
-    """What windows are cut from: a file, or the dates of a place in order."""
+    """What windows are cut from: a file, or the dates of a place in order.
+
+    Attributes:
+        group: the place.
+        probes: what is read.
+        files: what may have been labelled: also dates of the place that turned out to be of no use.
+    """
 
     group: str
     probes: list[Probe]
+    files: tuple[SourceFile, ...]
 
     @property
     def source(self) -> str:
@@ -81,11 +89,17 @@ def build_index(
     moved back to end at the raster's edge.
     """
     files = find_files(paths, SUFFIXES, "rasters")
-    lines = find_labels(options.labels, paths)
-    probes = []
-    for file in progress(files, len(files), "opening rasters"):
+    placed = []
+    for file in files:
         try:
-            probes.append(_probe(file, options))
+            placed.append((file, *_place_and_day(file, options)))
+        except ReadFailure as failure:
+            skipped.add_failure(failure)
+    labels = assign_labels(options, paths, files, skipped, {file.path: place for file, place, _ in placed})
+    probes = []
+    for file, place, day in progress(placed, len(placed), "opening rasters"):
+        try:
+            probes.append(_probe(file, place, day, options))
         except ReadFailure as failure:
             skipped.add_failure(failure)
     bands = options.wanted_bands or _common_bands(probes)
@@ -93,17 +107,11 @@ def build_index(
     units = _units(probes, options, skipped)
     dtype = _common_dtype(probes, options)
 
-    named = [_names_of(unit) for unit in units]
-    labels, unknown = assign_labels(lines, named)
-    present = {name for file in files for name in (file.relative, file.group, file.path.name, file.path.stem)}
-    for name in unknown:
-        if name not in present:
-            skipped.add(name, "labels", "The labels name this file, and it is not among the rasters. Correct its path.")
-
     tables: list[pa.Table] = []
     kept: list[Unit] = []
-    for unit, label in progress(list(zip(units, labels, strict=True)), len(units), "reading windows"):
-        table = _windows(unit, bands, dtype, options, skipped, label.group or unit.group, label.label, label.split)
+    notes = [labels.of(*unit.files) for unit in units]
+    for unit, note in progress(list(zip(units, notes, strict=True)), len(units), "reading windows"):
+        table = _windows(unit, bands, dtype, options, skipped, note)
         if table is not None:
             tables.append(table)
             kept.append(unit)
@@ -118,6 +126,7 @@ def build_index(
         "spaced": bool(kept) and all(size is not None for size in metres),
         "dates": max((len(unit.probes) for unit in kept), default=0),
         "series": {unit.source: [list(date) for date in unit.dates] for unit in kept} if options.series else {},
+        "labels": labels.summary(),
     }
     index = join_tables(tables, metadata)
     index.metadata["statistics"] = _statistics(index, options, skipped)
@@ -131,7 +140,7 @@ def reader_of(index: SampleIndex, options: RemoteSensingOptions) -> RasterReader
     return RasterReader(options, tuple(facts["bands"]), facts["dtype"], facts["spaced"], series)
 
 
-def _probe(file: SourceFile, options: RemoteSensingOptions) -> Probe:
+def _probe(file: SourceFile, place: str, day: float | None, options: RemoteSensingOptions) -> Probe:
     raster = open_raster(str(file.path), options)
     try:
         if options.gsd is not None and raster.metres is None:
@@ -141,7 +150,6 @@ def _probe(file: SourceFile, options: RemoteSensingOptions) -> Probe:
                 "it has no place on Earth (no coordinate system or no geotransform), so its pixels have no known size.",
                 "Georeference it with `gdal_edit -a_srs -a_ullr`, or leave data.gsd empty to read native pixels.",
             )
-        place, day = _place_and_day(file, options)
         return Probe(
             file,
             tuple(raster.bands),
@@ -173,8 +181,9 @@ def _place_and_day(file: SourceFile, options: RemoteSensingOptions) -> tuple[str
                 path, "metadata", f"'{found[0]}' in its name is not a date ({error}).", "Set data.date_pattern."
             ) from error
         day = float((date - EPOCH).days)
-        folder = file.relative[: len(file.relative) - len(name)]
-        place = folder + Path(name[: found.start()] + name[found.end() :]).stem
+        undated = (name[: found.start()] + name[found.end() :]).removesuffix(file.suffix).strip("_-. ")
+        # Of a name that is nothing but a date, the folder is the place.
+        place = posixpath.join(posixpath.dirname(file.relative), undated).rstrip("/") or file.root.name
     if options.place_pattern is not None:
         found = re.search(options.place_pattern, name)
         if found is None:
@@ -215,7 +224,7 @@ def _with_bands(
 
 def _units(probes: Sequence[Probe], options: RemoteSensingOptions, skipped: SkippedLog) -> list[Unit]:
     if not options.series:
-        return [Unit(probe.place, [probe]) for probe in probes]
+        return [Unit(probe.place, [probe], (probe.file,)) for probe in probes]
     places: dict[str, list[Probe]] = {}
     for probe in probes:
         places.setdefault(probe.place, []).append(probe)
@@ -242,14 +251,8 @@ def _units(probes: Sequence[Probe], options: RemoteSensingOptions, skipped: Skip
                 )
             else:
                 taken[day] = probe
-        units.append(Unit(place, list(taken.values())))
+        units.append(Unit(place, list(taken.values()), tuple(member.file for member in members)))
     return units
-
-
-def _names_of(unit: Unit) -> Labelled:
-    exact = {name for probe in unit.probes for name in (probe.file.relative, probe.file.group, probe.path)}
-    loose = {name for probe in unit.probes for name in (probe.file.path.name, probe.file.path.stem)}
-    return Labelled(unit.group, frozenset(exact | {unit.group}), frozenset(loose))
 
 
 def _common_dtype(probes: Sequence[Probe], options: RemoteSensingOptions) -> str:
@@ -276,11 +279,10 @@ def _windows(
     dtype: str,
     options: RemoteSensingOptions,
     skipped: SkippedLog,
-    group: str,
-    label: str | None,
-    split: str | None,
+    note: SourceLabel,
 ) -> pa.Table | None:
     """The rows of one unit; ``None``, and a reason, where it has none. A date that fails is taken out of its series."""
+    group = note.group or unit.group
     while unit.probes:
         first = unit.probes[0]
         step = (1.0, 1.0)
@@ -337,7 +339,7 @@ def _windows(
                     "If that is enough, lower data.min_valid; if valid pixels are taken for nodata, correct the file.",
                 )
             return None
-        return window_table(unit.source, group, corners[good], extent, spacing, content[good], label, split)
+        return window_table(unit.source, group, corners[good], extent, spacing, content[good], note.label, note.split)
     return None
 
 

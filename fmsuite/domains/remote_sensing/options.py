@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,13 +10,17 @@ from pydantic import Field, field_validator, model_validator
 from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS, SENSORS, Sensor, find_sensor
 from fmsuite.errors import nearest
+from fmsuite.tiling.labels import LabelOptions
 
 DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day>0[1-9]|[12]\d|3[01])(?!\d)"
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
 
-class RemoteSensingOptions(DomainOptions):
-    """How rasters become windows.
+class RemoteSensingOptions(DomainOptions, LabelOptions):
+    """How rasters become windows, and what is known about the rasters.
+
+    The latter is in the options of ``LabelOptions``: a group is a scene, and a line of a labels file may also name a
+    place (see ``place_pattern`` and ``series``).
 
     Attributes:
         sensor: one of ``SENSORS``; it names the bands and knows how stored values become physical ones.
@@ -36,12 +39,10 @@ class RemoteSensingOptions(DomainOptions):
         percentiles: each band is clipped to these percentiles before its mean and standard deviation are taken, so
             that clouds, glint and dead pixels do not decide the normalisation.
         statistics_windows: how many windows, evenly spread over the index, the statistics are taken from.
-        labels: CSV file with the columns ``file`` and ``label``, optionally ``group`` and ``split``; by default
-            ``labels.csv`` in a given folder, where there is one. With ``series``, ``file`` may also name a place.
         place_pattern: regular expression, searched for in the file name; what it matches (its first group, if it has
             one) names the place. Windows of one place belong to one group, and with ``series`` to one time series.
         series: files of one place become one time series, axes (time, y, x). Without a ``place_pattern`` the place
-            is the file name without its date.
+            is the file's path below the given folder, without the date, suffix and separators at its ends.
         date_pattern: regular expression with the groups ``year``, ``month`` and ``day``, for ``series``.
         band_dropout: probability that the strong augmentation marks a band as missing.
     """
@@ -60,7 +61,6 @@ class RemoteSensingOptions(DomainOptions):
     clip: tuple[float, float] | None = None
     percentiles: tuple[float, float] = (0.5, 99.5)
     statistics_windows: int = Field(default=256, ge=1)
-    labels: Path | None = None
     place_pattern: str | None = None
     series: bool = False
     date_pattern: str = DATE

@@ -1,12 +1,10 @@
-"""Pictures for people: true colour where the bands allow it, and an overview of where the windows are."""
+"""Pictures for people: true colour where the bands allow it, false colour or grey elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from fmsuite.core.inputs import Channel, InputSpec
 
@@ -84,32 +82,3 @@ def _draw_plane(values: np.ndarray, spec: InputSpec, nodata: float | None) -> np
     rows, columns = np.indices(missing.shape)
     pattern = np.array(INVALID, dtype=np.uint8)[(rows // 4 + columns // 4) % 2]
     return np.where(missing[..., None], pattern, picture)
-
-
-def draw_overview(
-    values: np.ndarray,
-    spec: InputSpec,
-    shrink: tuple[float, float],
-    boxes: Sequence[tuple[tuple[float, float], tuple[float, float]]],
-    path: Path,
-    nodata: float | None = None,
-) -> None:
-    """A reduced raster with the outlines of its windows, as a PNG file.
-
-    Args:
-        values: (C, h, w) reduced pixels.
-        shrink: raster pixels per picture pixel along (y, x).
-        boxes: (corner, extent) of each window in raster pixels, (y, x).
-    """
-    picture = Image.fromarray(draw(values, spec, nodata))
-    pen = ImageDraw.Draw(picture)
-    for (top, left), (height, width) in boxes:
-        corners = [
-            left / shrink[1],
-            top / shrink[0],
-            (left + width) / shrink[1] - 1,
-            (top + height) / shrink[0] - 1,
-        ]
-        pen.rectangle(corners, outline=(255, 220, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)

@@ -11,13 +11,6 @@ from fmsuite.core.data.sample import ArraySample
 PIXELS_A_WINDOW = 4096
 
 
-def spread_rows(length: int, count: int) -> np.ndarray:
-    """At most ``count`` rows of an index, evenly spread: (K,) int64, ascending, without repetition."""
-    if length <= count:
-        return np.arange(length)
-    return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
-
-
 class BandStatistics:
     """Collects valid values of each band and summarises them.
 

@@ -28,24 +28,26 @@ from fmsuite.domains.svg.safety import Limits
 from fmsuite.domains.svg.sample import SvgReader
 from fmsuite.domains.svg.worker import Drawn, RenderWorker
 from fmsuite.errors import ReadFailure, UsageError
-from fmsuite.tiling.labels import GROUP_COLUMNS, Assigned, LabelColumns, assign_labels, find_labels
-from fmsuite.tiling.sources import SourceFile, find_files
+from fmsuite.tiling.labels import LabelOptions, assign_labels
+from fmsuite.tiling.preview import contact_sheet
+from fmsuite.tiling.sources import find_files
+from fmsuite.tiling.table import spread_rows
 
 SUFFIXES = (".svg", ".svgz")
 SHEET_DRAWINGS = 144
 SHEET_TILE = 96
+SHEET_COLOUR = (128, 128, 128)
+"""Between the drawings, most of which are on white."""
 
 
-class SvgOptions(DomainOptions):
-    """The ``data:`` section for drawings.
+class SvgOptions(DomainOptions, LabelOptions):
+    """The ``data:`` section for drawings; what is known about them is in the options of ``LabelOptions``.
 
     Attributes:
         size: pixels along each side of the rendered window.
         background: an opaque CSS colour.
         mirror: drawings may be mirrored by augmentation; leave it off for letters, flags and directions.
         mean, std: channel statistics on a 0-1 scale; ImageNet's, so that public encoders see what they expect.
-        labels: a CSV file; ``labels.csv`` in the given folders if not given, none at all with ``none``.
-        path_column, label_column, group_column, split_column: its columns; see ``tiling.labels.LabelColumns``.
         timeout_s: seconds that one drawing may take to render.
         workers: processes that try the drawings; -1 chooses from the cores.
         max_bytes, max_elements, max_drawn, max_depth, max_side, max_image_pixels: see ``safety.Limits``.
@@ -56,11 +58,6 @@ class SvgOptions(DomainOptions):
     mirror: bool = False
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    labels: str | None = None
-    path_column: str | None = None
-    label_column: str | None = None
-    group_column: str | None = None
-    split_column: str | None = None
     timeout_s: float = Field(default=10.0, gt=0)
     workers: int = Field(default=-1, ge=-1)
     max_bytes: int = Field(default=Limits.max_bytes, ge=1)
@@ -113,9 +110,7 @@ class SvgDomain(Domain):
         the number of drawings that use each element which CairoSVG leaves out.
         """
         files = find_files(paths, SUFFIXES, "SVG drawings")
-        labels = self._labels(paths, files, skipped)
-        # A column that the user names as the label ("group" of emoji) does not say what belongs together.
-        grouped = self.options.group_column is not None or self.options.label_column not in GROUP_COLUMNS
+        labels = assign_labels(self.options, paths, files, skipped)
         windows, left_out = [], Counter[str]()
         results = self._try_all([str(file.path) for file in files])
         with contextlib.closing(results):
@@ -129,7 +124,7 @@ class SvgDomain(Domain):
                 windows.append(
                     Window(
                         source=str(file.path),
-                        group=(row.group if grouped else None) or file.group,
+                        group=row.group or file.group,
                         position=result.canvas.corner,
                         extent=(side, side),
                         content=result.content,
@@ -141,6 +136,7 @@ class SvgDomain(Domain):
             "domain": self.name,
             "options": self.options.model_dump(mode="json"),
             "not_drawn": dict(sorted(left_out.items())),
+            "labels": labels.summary(),
         }
         return SampleIndex.from_windows(windows, metadata)
 
@@ -173,22 +169,6 @@ class SvgDomain(Domain):
             for worker in workers:
                 worker.close()
 
-    def _labels(self, paths: Sequence[Path], files: list[SourceFile], skipped: SkippedLog) -> Assigned:
-        options = self.options
-        if options.labels == "none":
-            return Assigned()
-        tables = find_labels(options.labels, paths)
-        columns = LabelColumns(options.path_column, options.label_column, options.group_column, options.split_column)
-        assigned = assign_labels(tables, files, columns)
-        where = ", ".join(map(str, tables))
-        if assigned.unmatched and not assigned.by_path:
-            raise UsageError(f"{where}: no line names one of the drawings.", "Check the column of paths.")
-        if assigned.unmatched:
-            example = assigned.unmatched[0]
-            reason = f"{len(assigned.unmatched)} lines name no drawing that was found, such as {example}"
-            skipped.add(where, "labels", reason)
-        return assigned
-
     def input_spec(self, index: SampleIndex) -> InputSpec:
         """RGB, 8 bits, scaled by 1/255, then ``mean`` and ``std``. Spacing is not physical, and is left out."""
         size = (self.options.size, self.options.size)
@@ -215,16 +195,13 @@ class SvgDomain(Domain):
         if len(index) == 0:
             raise UsageError("The index has no drawing to show.")
         folder.mkdir(parents=True, exist_ok=True)
-        rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), SHEET_DRAWINGS)).round().astype(int))
-        columns = math.ceil(math.sqrt(len(rows)))
-        step = SHEET_TILE + 4
-        sheet = Image.new("RGB", (columns * step, math.ceil(len(rows) / columns) * step), (128, 128, 128))
         reader = self.reader(index)
-        for place, row in enumerate(rows):
+        pictures = []
+        for row in spread_rows(len(index), SHEET_DRAWINGS):
             sample = reader.read(index[int(row)])
-            tile = sample.crop((0.0, 0.0), tuple(map(float, sample.size)), (SHEET_TILE, SHEET_TILE))
-            picture = Image.fromarray(tile.values.transpose(1, 2, 0))
-            sheet.paste(picture, (place % columns * step + 2, place // columns * step + 2))
+            tile = sample.crop((0.0, 0.0), sample.size, (SHEET_TILE, SHEET_TILE))
+            pictures.append(Image.fromarray(tile.values.transpose(1, 2, 0)))
+        columns = math.ceil(math.sqrt(len(pictures)))
         path = folder / "contact_sheet.png"
-        sheet.save(path)
+        contact_sheet(pictures, None, columns, SHEET_TILE + 4, SHEET_COLOUR).save(path)
         return [path]

@@ -66,7 +66,7 @@ class VectorSample(Sample):
     stroke_factor: float = 1.0
 
     @property
-    def size(self) -> tuple[float, ...]:  # type: ignore[override]
+    def size(self) -> tuple[float, ...]:
         return (self.canvas.side, self.canvas.side)
 
     @property

@@ -66,7 +66,9 @@ def test_the_hash_sees_every_column_and_the_order() -> None:
     assert len(hashes) == len(changes) + 2
 
 
-def test_the_hash_does_not_see_how_rows_are_stored() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 1 << 16])
+def test_the_hash_does_not_see_how_rows_are_stored(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr("fmsuite.core.data.index._HASHED_ROWS", rows)
     whole = SampleIndex.from_windows(WINDOWS)
     pieces = pa.concat_tables([SampleIndex.from_windows([window]).table for window in WINDOWS])
     assert SampleIndex(pieces, {"other": 1}).hash == whole.hash

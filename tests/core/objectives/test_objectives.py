@@ -63,9 +63,9 @@ def test_a_short_run_of_mae_lowers_the_loss_on_pictures_it_has_not_seen(toys, ki
 @pytest.mark.parametrize("name", ["dino", "ibot", "dinov2"])
 def test_a_short_run_of_self_distillation_fits_a_fixed_teacher(toys, name, kind):
     """With momentum 1 and a settled centre the targets stand still, and the loss can only fall by learning them."""
-    options = {"momentum": 1.0, "center_momentum": 0.5, "teacher_temperature": 0.01, "teacher_temperature_warmup": 0}
+    options = {"momentum": 1.0, "center_momentum": 0.5, "teacher_temp": 0.01, "teacher_temp_warmup": 0}
     if name == "ibot":
-        options["patch_temperature"] = 0.01
+        options["teacher_patch_temp"] = 0.01
     objective = toys.objective(name, kind, freeze_last_layer=0, **options).train()
     batch = toys.batch(objective, kind)
     context = StepContext(0, 40, 10, 4)

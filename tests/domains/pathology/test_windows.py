@@ -53,10 +53,10 @@ def test_building_twice_gives_the_same_index(example: Path, example_index: Sampl
 
 def test_a_limit_on_windows_draws_the_same_ones_for_the_same_seed(example: Path) -> None:
     slide = example / "slide_00.tif"
-    everything, _ = build(slide, size=64, labels="")
-    first, _ = build(slide, size=64, labels="", max_windows=9)
-    same, _ = build(slide, size=64, labels="", max_windows=9)
-    other, _ = build(slide, size=64, labels="", max_windows=9, seed=1)
+    everything, _ = build(slide, size=64, labels="none")
+    first, _ = build(slide, size=64, labels="none", max_windows=9)
+    same, _ = build(slide, size=64, labels="none", max_windows=9)
+    other, _ = build(slide, size=64, labels="none", max_windows=9, seed=1)
     assert len(first) == len(other) == 9 < len(everything)
     assert first.hash == same.hash != other.hash
     positions = {everything[row].position for row in range(len(everything))}
@@ -269,9 +269,9 @@ def test_labels_files_are_found_named_or_switched_off(example: Path, tmp_path: P
     named, _ = build(slide, size=128, labels=str(example / "labels.csv"))
     assert named.label_names == ["glandular"]
     assert named.groups == ["P01"]
-    off, _ = build(example, size=128, labels="", max_windows=1)
+    off, _ = build(example, size=128, labels="none", max_windows=1)
     assert off.label_names == []
-    with pytest.raises(UsageError, match="no such labels file"):
+    with pytest.raises(UsageError, match="the labels cannot be read"):
         build(slide, labels=str(tmp_path / "none.csv"))
 
 
@@ -289,7 +289,7 @@ def test_preview_draws_each_slide_and_one_sheet_of_tiles(tmp_path: Path, tissue:
     domain = PathologyDomain(PathologyOptions())
     index = domain.build_index([tmp_path / "in"], SkippedLog())
     written = domain.preview(index, tmp_path / "out")
-    assert [path.name for path in written] == ["0000_s_slide.png", "tiles.png"]
+    assert [path.name for path in written] == ["00000_s_slide.png", "tiles.png"]
     assert max(Image.open(written[0]).size) == 1616
     with pytest.raises(UsageError, match="nothing to draw"):
         domain.preview(index.select([]), tmp_path / "out")

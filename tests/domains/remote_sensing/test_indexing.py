@@ -241,7 +241,7 @@ def test_files_of_a_place_become_a_series_in_order_of_date(write_raster, make_in
     spec = domain.input_spec(index)
     assert spec.axes == ("time", "y", "x")
     assert spec.size == (3, 24, 24)
-    assert index[0].group == "farm_"
+    assert index[0].group == "farm"
 
 
 def test_a_date_on_another_grid_and_a_doubled_date_are_skipped(write_raster, make_index, noise, tmp_path):

@@ -7,6 +7,7 @@ from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.remote_sensing import RemoteSensingDomain
 from fmsuite.domains.remote_sensing.pictures import INVALID, colour_bands
 from fmsuite.domains.remote_sensing.sensors import SENSORS
+from fmsuite.tiling.preview import WINDOW
 
 
 def spec(*names: str, sensor: str | None = None) -> InputSpec:
@@ -75,10 +76,10 @@ def test_preview_draws_every_window_of_a_reduced_raster(write_raster, make_index
     path = write_raster("a/b.tif", values)
     domain, index, _ = make_index(path, size=32, stride=64)
     pictures = domain.preview(index, tmp_path / "preview")
-    assert [p.name for p in pictures] == ["0000_b.png"]
+    assert [p.name for p in pictures] == ["00000_b.png"]
     picture = np.asarray(Image.open(pictures[0]))
     assert picture.shape == (32, 1024, 3)
-    outline = (picture == (255, 220, 0)).all(-1)
+    outline = (picture == WINDOW).all(-1)
     assert outline[:, 0].all() or outline[:16, 0].all()
     rows = {index[row].position[1] for row in range(len(index))}
     assert {int(left) // 2 for left in rows} <= set(np.flatnonzero(outline.any(0)))

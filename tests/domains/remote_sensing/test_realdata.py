@@ -84,7 +84,7 @@ def test_a_file_with_an_internal_mask(real_data, make_index):
 def test_twelve_months_of_modis_in_sinusoidal_coordinates(real_data, make_index):
     domain, index, skipped = make_index(real_data / "remote_sensing" / "modis_ndvi_series", series=True, size=32)
     assert not skipped.entries
-    assert index.groups == ["TERRA_MODIS_012010_NDVI_"]
+    assert index.groups == ["TERRA_MODIS_012010_NDVI"]
     sample = domain.reader(index).read(index[0])
     assert sample.values.shape == (1, 12, 32, 32)
     assert sample.coords["time"][0] == 5005  # 2013-09-14

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fmsuite.core.data.sample import ArraySample
-from fmsuite.domains.remote_sensing.statistics import BandStatistics, spread_rows
+from fmsuite.domains.remote_sensing.statistics import BandStatistics
 
 
 def test_statistics_equal_numpys_over_valid_pixels():
@@ -33,10 +33,3 @@ def test_empty_and_constant_bands_can_be_divided_by():
     (mean, std), empty = BandStatistics(2, 1, 0, None).add_all([sample]).summary((0.5, 99.5))
     assert (mean, std) == (pytest.approx(0.3), 1.0)
     assert empty == (0.0, 1.0)
-
-
-def test_rows_are_spread_over_the_whole_index():
-    assert list(spread_rows(3, 10)) == [0, 1, 2]
-    rows = spread_rows(1000, 10)
-    assert (rows[0], rows[-1], len(rows)) == (0, 999, 10)
-    assert set(np.diff(rows)) == {111}

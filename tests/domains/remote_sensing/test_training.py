@@ -74,7 +74,7 @@ def test_mae_and_dino_train_on_two_and_on_thirteen_channels(write_raster, make_i
     assert (view.pixels[~view.valid] == 0).all()
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.8 * losses[0]
-    config = DINOConfig(local_crops=2, prototypes=64, head_hidden=64, head_bottleneck=32, teacher_temperature_warmup=0)
+    config = DINOConfig(local_crops=2, prototypes=64, head_hidden=64, head_bottleneck=32, teacher_temp_warmup=0)
     losses, _ = train(DINO, config, domain, index, SMALL)
     assert np.isfinite(losses).all()
 

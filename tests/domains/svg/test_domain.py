@@ -130,7 +130,7 @@ def test_labels_take_the_columns_that_are_named(tmp_path: Path) -> None:
         ("y", "b"),
         (None, "c"),
     ]
-    assert "lost.svg" in skipped.entries[0].reason
+    assert [(entry.path, entry.stage) for entry in skipped.entries] == [("lost.svg", "labels")]
     with pytest.raises(UsageError, match="no column 'kin'"):
         SvgDomain(SvgDomain.Options(label_column="kin")).build_index([tmp_path], SkippedLog())
     without = SvgDomain(SvgDomain.Options(labels="none")).build_index([tmp_path], SkippedLog())

@@ -16,12 +16,12 @@ from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.core.seeding import generator
 from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
 from fmsuite.errors import ReadFailure
-from fmsuite.tiling.labels import DEFAULT_NAME, assign_labels, find_labels
+from fmsuite.tiling.labels import DEFAULT_NAME, LabelOptions, assign_labels
 from fmsuite.tiling.sources import find_files
 
 
-class SpectraOptions(DomainOptions):
-    """``length``: values to which every spectrum is resampled."""
+class SpectraOptions(DomainOptions, LabelOptions):
+    """``length``: values to which every spectrum is resampled; and those of labels files."""
 
     length: int = 256
 
@@ -69,7 +69,7 @@ class SpectraDomain(Domain):
 
     def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
         files = [file for file in find_files(paths, (".csv",), "spectra") if file.path.name != DEFAULT_NAME]
-        labels, windows = assign_labels(find_labels(None, paths), files), []
+        labels, windows = assign_labels(self.options, paths, files, skipped), []
         for file in progress(files, len(files), "reading spectra"):
             try:
                 size = float(len(read_spectrum(str(file.path))))

@@ -1,0 +1,106 @@
+"""Two processes and one: the same global batch, the same losses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+STEPS = 6
+TOLERANCE = {"rtol": 2e-5, "atol": 0.0}
+"""Of losses: sums of float32 are taken in another order, and AdamW carries the difference from step to step."""
+CHANGES = {
+    "mae": {"model.drop_path": 0.3, "model.depth": 2},
+    # A batch of 8 is one view of 4 samples a rank: KoLeo's neighbours and the centre need the others'.
+    "dinov2": {"model.drop_path": 0.3, "model.depth": 2, "objective.freeze_last_layer": 0},
+}
+
+
+def check_equal(found, expected) -> None:
+    assert set(found.losses) == set(expected.losses) == set(range(1, STEPS + 1))
+    for step, (loss, grad_norm) in expected.losses.items():
+        assert found.losses[step][0] == pytest.approx(loss, rel=TOLERANCE["rtol"]), step
+        assert found.losses[step][1] == pytest.approx(grad_norm, rel=1e-3), step
+    for name, weight in expected.weights.items():
+        assert torch.allclose(found.weights[name], weight, rtol=1e-2, atol=2e-4), name
+
+
+def environments() -> list[dict[str, str]]:
+    """What torchrun tells two processes."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+@pytest.mark.parametrize("objective", ["mae", "dinov2"])
+def test_two_processes_have_the_losses_of_one(
+    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path, objective: str
+) -> None:
+    arguments = ["pretrain", *tile_settings(objective, {**CHANGES[objective], "training.steps": STEPS})]
+    arguments += ["--data", tiles, "--out"]
+    commands = [launcher.start(*arguments, tmp_path / "two", environment=e) for e in environments()]
+    for ran in [command.wait() for command in commands]:
+        assert ran.code == 0, ran.text
+    ran = launcher.start(*arguments, tmp_path / "one").wait()
+    assert ran.code == 0, ran.text
+    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))
+
+
+def test_a_run_of_two_processes_goes_on_as_one(
+    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path
+) -> None:
+    arguments = tile_settings("mae", {**CHANGES["mae"], "training.steps": STEPS, "training.checkpoint_every": 1})
+    commands = [
+        launcher.start("pretrain", *arguments, "--data", tiles, "--out", tmp_path / "two", environment=e)
+        for e in environments()
+    ]
+    for ran in [command.wait() for command in commands]:
+        assert ran.code == 0, ran.text
+    checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*.pt"))
+    checkpoints[-1].unlink()
+    ran = launcher.start("pretrain", "--domain", "pathology", "--out", tmp_path / "two", "--resume").wait()
+    assert ran.code == 0, ran.text
+    assert f"Resuming after step {STEPS - 1}" in ran.text
+    ran = launcher.start("pretrain", *arguments, "--data", tiles, "--out", tmp_path / "one").wait()
+    assert ran.code == 0, ran.text
+    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))
+
+
+def test_wrong_use_is_said_by_every_process_and_none_hangs(launcher, tiles, tile_settings, tmp_path) -> None:
+    for changes, arguments, sentence in (
+        ({"training.batch_size": 7}, ["--data", tiles, "--out", tmp_path / "a"], "7"),
+        ({}, ["--data", tmp_path / "nowhere", "--out", tmp_path / "b"], "nowhere: there is no such file"),
+        ({}, ["--data", tiles], "--out is needed"),
+    ):
+        commands = [
+            launcher.start("pretrain", *tile_settings("mae", changes), *arguments, environment=e)
+            for e in environments()
+        ]
+        for ran in [command.wait() for command in commands]:
+            assert ran.code == 2, ran.text
+            assert sentence in ran.text
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command_as_documented(
+    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path
+) -> None:
+    arguments = ["pretrain", *tile_settings("mae", {**CHANGES["mae"], "training.steps": STEPS}), "--data", str(tiles)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fmsuite"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [*command, *arguments, "--out", str(tmp_path / "two")], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Done at step") == 1
+    ran = launcher.start(*arguments, "--out", tmp_path / "one").wait()
+    assert ran.code == 0, ran.text
+    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))
