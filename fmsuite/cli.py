@@ -197,9 +197,13 @@ def _without_traceback(text: str) -> str:
 
 
 def _finish(skipped: str) -> None:
+    from fmsuite.core.distributed import launched
+
     if skipped:
         _say(skipped)
-        raise typer.Exit(DONE_WITH_SKIPS)
+        # torchrun takes any code but 0 for a failure, and may start the job again.
+        if not launched():
+            raise typer.Exit(DONE_WITH_SKIPS)
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import BaseModel
 
@@ -31,6 +33,7 @@ from fmsuite.core.training.checkpoint import differences, plain_config
 from fmsuite.core.training.loop import RunFolder, train
 from fmsuite.core.training.monitor import ProbeSet
 from fmsuite.core.training.precision import choose_device
+from fmsuite.core.training.schedules import run_length
 from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
 from fmsuite.errors import FmsuiteError, UsageError
 
@@ -134,13 +137,8 @@ def _asked(overrides: Sequence[str]) -> set[str]:
     return {path[1] for path in paths if path[0] == "data" and len(path) > 1}
 
 
-def _total_steps(config: RunConfig, windows: int) -> int:
-    training = config.training
-    return training.steps or max(1, round((training.epochs or 0) * windows / training.batch_size))
-
-
 def _refuse_other_length(run: RunFolder, config: RunConfig, windows: int) -> None:
-    before, now = _total_steps(read_run_config(run.config_path), windows), _total_steps(config, windows)
+    before, now = run_length(read_run_config(run.config_path).training, windows), run_length(config.training, windows)
     if before != now:
         raise UsageError(
             f"{run.path}: the run was begun with a length of {before} steps, and all its schedules follow from that; "
@@ -168,7 +166,8 @@ def _pretrain(
         if not resume:
             run.skipped_path.unlink(missing_ok=True)
     skipped = SkippedLog(run.skipped_path if main else None, strict)
-    domain, index = _windows(config, data, run, resume, asked, skipped, progress)
+    domain, whole = _windows(config, data, run, resume, asked, skipped, progress)
+    index, held_out = _sides(whole, config.training.split)
     if resume:
         _refuse_other_length(run, config, len(index))
         distributed.barrier()
@@ -182,15 +181,18 @@ def _pretrain(
 
     training = config.training
     stream = SampleStream(len(index), training.batch_size, config.seed, distributed.rank(), distributed.world_size())
-    total_steps = _total_steps(config, len(index))
+    total_steps = run_length(training, len(index))
     reader = domain.reader(index)
     pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
     dataset = WindowDataset(index, reader, pipeline, config.seed)
     if main:
-        run.begin(config, index.hash, command or None, resume)
+        run.begin(config, whole.hash, command or None, resume)
         if not resume:
             _draw_views(dataset, stream, domain, objective, run)
-    probe = _probe(config, index, reader, spec, objective, skipped) if main and config.monitor.every else None
+    probe = None
+    if main and config.monitor.every:
+        watched = held_out if _has_classes(held_out) else index
+        probe = _probe(config, watched, reader, spec, objective, skipped)
     distributed.barrier()
     workers = training.workers if training.workers >= 0 else default_workers()
 
@@ -215,7 +217,7 @@ def _pretrain(
             "objective": config.objective,
             "steps": str(result.step),
             "seed": str(config.seed),
-            "index": index.hash,
+            "index": whole.hash,
         }
         save_encoder(run.path, objective.encoder, objective.encoder.spec, objective.pooling, provenance)
     return Pretrained(run.path, result.step, total_steps, result.interrupted, skipped.summary(), main)
@@ -249,6 +251,31 @@ def _windows(
     if failure is not None:
         raise failure
     return open_index(domain, [run.index_path], skipped)
+
+
+def _sides(whole: SampleIndex, split: str | None) -> tuple[SampleIndex, SampleIndex]:
+    """The windows to train on, and those held out.
+
+    Raises:
+        UsageError: if nothing is left to train on.
+    """
+    if split is None:
+        return whole, whole.select([])
+    column = whole.table.column("split").cast(pa.string())
+    mine = pc.fill_null(pc.equal(column, split), True).to_numpy()
+    if not mine.any():
+        raise UsageError(
+            f"No window is in the split '{split}'; the index has {', '.join(sorted(pc.unique(column).to_pylist()))}.",
+            "Set training.split to one of them, or to null to train on all windows.",
+        )
+    if not mine.all():
+        log.info("Training on %d windows; %d of other splits are held out.", mine.sum(), (~mine).sum())
+    return whole.select(np.flatnonzero(mine)), whole.select(np.flatnonzero(~mine))
+
+
+def _has_classes(index: SampleIndex) -> bool:
+    """Whether a nearest-neighbour probe with neighbours from other groups can be run on these windows."""
+    return len(index.label_names) > 1 and len(index.groups) > 1
 
 
 def _say_options_of_index(recipe: BaseModel, index: BaseModel) -> None:

@@ -40,16 +40,20 @@ def tile(
 ) -> Tiled:
     """Write an index of the windows in files and folders, with ``skipped.csv`` and previews beside it.
 
+    An index that is not called ``index.parquet`` gives its name to both, so that several can share a folder.
+
     Raises:
         UsageError: for bad paths, options, or when no window was found.
     """
     if out.suffix != ".parquet":
         out = out / "index.parquet"
-    log_path = out.with_name(FILE_NAME)
+    name = FILE_NAME if out.stem == "index" else f"{out.stem}.{FILE_NAME}"
+    log_path = out.with_name(name)
     log_path.unlink(missing_ok=True)
     skipped = SkippedLog(log_path, strict)
     plugin = open_domain(domain, domain_options(domain, overrides))
     plugin, index = open_index(plugin, [Path(p) for p in paths], skipped, progress)
     index.write(out)
-    previews = plugin.preview(index, out.with_name("preview")) if preview else []
+    pictures = out.with_name("preview" if out.stem == "index" else f"{out.stem}.preview")
+    previews = plugin.preview(index, pictures) if preview else []
     return Tiled(index, out, skipped, previews)

@@ -54,6 +54,11 @@ class TokenLayout:
                 "Set model.position_units to 'index', or give the data's spacing.",
             )
         step = self.pitch[..., column]
+        if bool(step.isnan().any()):
+            raise UsageError(
+                f"Positions along '{axis}' were asked for in physical units, but some samples' spacing is unknown.",
+                "Leave those sources out, or set model.position_units to 'index'.",
+            )
         return values * (step[:, None] if step.dim() == 1 else step)
 
     def select(self, ids: Tensor) -> TokenLayout:

@@ -99,11 +99,6 @@ class Domain(ABC):
         raise UsageError(f"The domain '{self.name}' draws no preview.")
 
 
-def available_domains() -> dict[str, type[Domain]]:
-    """Every installed domain by name, loaded. Loading one imports its libraries."""
-    return {name: load_domain(name) for name in domain_names()}
-
-
 def domain_names() -> list[str]:
     """Names of the installed domains, without importing any."""
     return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)})

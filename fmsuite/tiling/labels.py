@@ -7,7 +7,7 @@ import os
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,14 +65,15 @@ class SourceLabel:
         Raises:
             UsageError: if they contradict each other; ``where`` names them.
         """
-        for entry in fields(self):
-            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+        known = {}
+        for name in ("label", "group", "split"):
+            mine, theirs = getattr(self, name), getattr(other, name)
             if None not in (mine, theirs) and mine != theirs:
                 raise UsageError(
-                    f"{where}: lines contradict each other, {entry.name} '{mine}' and '{theirs}'.", "Keep one of them."
+                    f"{where}: lines contradict each other, {name} '{mine}' and '{theirs}'.", "Keep one of them."
                 )
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return SourceLabel(*(theirs if mine is None else mine for mine, theirs in pairs))
+            known[name] = theirs if mine is None else mine
+        return SourceLabel(**known)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from fmsuite.core.data.sample import Array, ArraySample
 
 
 def turned(sample: ArraySample, quarters: int, mirrored: bool) -> ArraySample:
-    """One of the eight symmetries of the square, of a sample whose last two axes are (y, x); of a rectangle, one of four.
+    """One of the eight symmetries of the square, or of the four of a rectangle; the last two axes are (y, x).
 
     Args:
         quarters: quarter turns, anticlockwise; of a rectangle, an odd one is left out.

@@ -15,10 +15,6 @@ import sys
 import torch
 import torch._dynamo
 
-import fmsuite.commands.export
-import fmsuite.commands.pretrain
-import fmsuite.core.training.progress
-import fmsuite.domains.pathology
 from fmsuite import cli
 
 with contextlib.suppress(ImportError):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from fmsuite.core.training import loop
 from fmsuite.core.training.checkpoint import save_checkpoint
@@ -162,11 +163,14 @@ def test_resuming_where_no_run_is_does_not_begin_one(fmsuite, tmp_path: Path, mo
 
 
 def test_resuming_a_finished_run_says_so_and_keeps_its_encoder(fmsuite, finished: Path) -> None:
-    before = (finished / "encoder.safetensors").read_bytes()
+    before = (finished / "encoder.json").read_bytes()
+    weights = load_file(finished / "encoder.safetensors")
     ran = fmsuite("pretrain", "--domain", "pathology", "--out", finished, "--resume")
     assert ran.code == 0
     assert "The run is complete" in ran.text
-    assert (finished / "encoder.safetensors").read_bytes() == before
+    assert (finished / "encoder.json").read_bytes() == before
+    for name, weight in load_file(finished / "encoder.safetensors").items():
+        assert torch.equal(weight, weights[name]), name
     assert len(yaml.safe_load((finished / "run.json").read_text())["sessions"]) == 2
 
 

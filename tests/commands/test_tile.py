@@ -136,7 +136,9 @@ def test_slides_of_one_name_in_different_folders_are_both_used(fmsuite, slide: P
 def test_a_slide_without_a_resolution_needs_mpp(fmsuite, tissue: np.ndarray, tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "unknown.tif") as file:
         for level in (tissue, tissue[::2, ::2]):
-            file.write(level, tile=(256, 256), photometric="rgb", compression="deflate", subfiletype=level is not tissue)
+            file.write(
+                level, tile=(256, 256), photometric="rgb", compression="deflate", subfiletype=level is not tissue
+            )
     out = tmp_path / "index.parquet"
     ran = tile(fmsuite, tmp_path / "unknown.tif", "--out", out)
     assert ran.code == 2, ran.text

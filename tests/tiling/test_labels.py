@@ -308,3 +308,29 @@ def test_sources_that_are_one_thing_share_what_is_known_of_any(tmp_path: Path) -
     table(tmp_path, "path,label\nlake_1,water\nlake_3,land\n")
     with pytest.raises(UsageError, match=r"labels.csv: 'lake_3.tif' and files of the same place.*'water' and 'land'"):
         assign(tmp_path, files).of(*files)
+
+
+def test_the_index_groups_and_a_stem_with_part_of_the_suffix_name_sources(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        touch(tmp_path / folder, "a.nii.gz", f"{folder}.nii.gz")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    files = find_files(folders, SUFFIXES)
+    assert [file.group for file in files][::2] == ["one/a.nii.gz", "two/a.nii.gz"]
+    path = table(tmp_path / "else", "path,label\none/a.nii.gz,x\ntwo/a.nii.gz,y\none.nii,z\n", "l.csv")
+    assigned = assign_labels(LabelOptions(labels=path), folders, files, SkippedLog())
+    assert {file.group: assigned.of(file).label for file in files} == {
+        "one/a.nii.gz": "x",
+        "one": "z",
+        "two/a.nii.gz": "y",
+        "two": None,
+    }
+
+
+def test_a_folders_labels_reach_sources_that_were_found_through_a_link_into_it(tmp_path: Path) -> None:
+    touch(tmp_path / "data", "in/a.svs")
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "in")
+    table(tmp_path / "data", "path,label\nin/a.svs,x\n")
+    folders = [tmp_path / "link", tmp_path / "data"]
+    files = find_files(folders, SUFFIXES)
+    assert [file.path for file in files] == [tmp_path / "link" / "a.svs"]
+    assert assign_labels(LabelOptions(), folders, files, SkippedLog()).of(files[0]).label == "x"

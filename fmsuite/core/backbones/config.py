@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fmsuite.errors import UsageError, nearest
 
@@ -84,6 +84,20 @@ class ModelConfig(BaseModel):
     drop_path_uniform: bool = False
     min_valid: float = Field(default=0.5, gt=0, le=1)
     weights: str | None = None
+
+    @model_validator(mode="after")
+    def _used(self) -> ModelConfig:
+        """An option that nothing would read is a misunderstanding."""
+        fields = type(self).model_fields
+        for key, wanted, needed in (
+            ("rope_theta", self.positions == "rotary", "positions: rotary"),
+            ("position_widths", self.positions == "sincos", "positions: sincos"),
+            ("position_scale", self.position_units == "physical", "position_units: physical"),
+            ("position_units", self.positions in ("sincos", "rotary"), "positions: sincos or rotary"),
+        ):
+            if not wanted and getattr(self, key) != fields[key].default:
+                raise ValueError(f"{key} has no effect without {needed}")
+        return self
 
     @property
     def size(self) -> VitSize:

@@ -22,7 +22,7 @@ from fmsuite.core.objectives.sinkhorn import Centre, sinkhorn
 class DINOv2Config(MaskedDistillationConfig):
     """
     Attributes:
-        centering: ``centre`` (running mean), or ``sinkhorn`` as in the published large models.
+        centering: ``center`` (running mean), or ``sinkhorn`` as in the published large models.
         sinkhorn_iterations: scalings of rows and columns.
         koleo_weight: of the KoLeo term of each global view; 0 leaves it out.
     """
@@ -30,7 +30,7 @@ class DINOv2Config(MaskedDistillationConfig):
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
     momentum: float = Field(default=0.992, ge=0, le=1)
-    centering: Literal["centre", "sinkhorn"] = "centre"
+    centering: Literal["center", "sinkhorn"] = "center"
     sinkhorn_iterations: int = Field(default=3, ge=1)
     koleo_weight: float = Field(default=0.1, ge=0)
 
@@ -54,7 +54,7 @@ class DINOv2(MaskedDistillation):
         super().__init__(config, backbone)
         self.centre: Centre | None = None
         self.patch_centre: Centre | None = None
-        if config.centering == "centre":
+        if config.centering == "center":
             self.centre = Centre(config.prototypes, config.center_momentum)
             self.patch_centre = Centre(self.patch_prototypes, config.center_momentum)
 

@@ -140,6 +140,11 @@ class MAE(Objective):
         spacing = self.backbone.spec.spacing
         return self.grid.layout(self.size, spacing=None if spacing is None else torch.tensor(spacing))
 
+    @property
+    def pooling(self) -> str:
+        """The mean of the patches: no loss acts on the class token."""
+        return "mean"
+
     def view_requests(self) -> tuple[ViewRequest, ...]:
         config = self.config
         kind = RandomMasking if config.masking == "random" else BlockMasking

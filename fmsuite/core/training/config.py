@@ -53,7 +53,10 @@ class TrainingConfig(Section):
     Attributes:
         steps, epochs: length of the run; exactly one of them. ``steps`` are optimiser steps.
         batch_size: samples in one optimiser step over all ranks and micro-batches.
-        accumulate: micro-batches in one step.
+        accumulate: micro-batches in one step; each counts the same, also where they have unlike numbers of targets,
+            and statistics of a batch (Sinkhorn, KoLeo) are a micro-batch's.
+        split: train on the windows of this split and on those without one; the others are held out, and the monitor
+            looks at them. ``null`` trains on all.
         precision: ``auto`` is bf16 where the device computes it natively, float32 elsewhere.
         compile: ``torch.compile`` the backbone's blocks.
         activation_checkpointing: recompute blocks in the backward pass.
@@ -67,6 +70,7 @@ class TrainingConfig(Section):
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=64, ge=1)
     accumulate: int = Field(default=1, ge=1)
+    split: str | None = "train"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bf16"] = "auto"
     compile: bool = False

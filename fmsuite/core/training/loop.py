@@ -163,7 +163,7 @@ class _Trainer:
         self.schedules = OptimSchedules.build(
             config.optim, self.training.batch_size, plan.total_steps, plan.steps_per_epoch
         )
-        self.objective = objective.to(device).train()
+        self.objective = _synchronised(objective.to(device)).train()
         self.normalize = Normalize(spec).to(device)
         self.optimizer = make_optimizer(config.optim, objective)
         self.unreported: list[SkippedWindow] = []
@@ -195,7 +195,8 @@ class _Trainer:
     ) -> TrainResult:
         total, training, every = self.plan.total_steps, self.training, self.config.monitor.every
         model = _data_parallel(self.objective) if active() else self.objective
-        logger.info("%s on %s, %d rank(s).", self.precision, self.device, world_size())
+        if is_main():
+            logger.info("%s on %s, %d rank(s).", self.precision, self.device, world_size())
         logger.debug("Parameter groups:\n%s", describe_groups(self.optimizer))
         done, interrupted, last = start, False, dict[str, float]()
         previous: _Taken | None = None
@@ -421,6 +422,23 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
         views = {name: [view[rows] for view in group] for name, group in batch.views.items()}
         pieces.append(Batch(views, batch.indices[rows], batch.labels[rows]))
     return pieces
+
+
+def _synchronised(objective: Objective) -> Objective:
+    """With several ranks, batch statistics over all of them: otherwise each rank would train another network.
+
+    Raises:
+        UsageError: on CPUs, where PyTorch has no synchronised batch normalisation.
+    """
+    normed = [module for module in objective.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if world_size() == 1 or not normed:
+        return objective
+    if next(objective.parameters()).device.type != "cuda":
+        raise UsageError(
+            f"{type(objective.backbone).__name__} has batch normalisation, which PyTorch cannot synchronise on CPUs.",
+            "Train it in one process, or on GPUs.",
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-any-return]
 
 
 def _data_parallel(objective: Objective) -> DistributedDataParallel:

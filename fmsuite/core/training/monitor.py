@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.evaluation.knn import balanced_accuracy, knn_predict
-from fmsuite.core.evaluation.rank import collapse_warning, feature_std, rankme
+from fmsuite.core.evaluation.rank import STD_FLOOR, collapse_warning, feature_std, rankme
 from fmsuite.core.objectives.base import Objective
 from fmsuite.errors import UsageError
 
@@ -97,7 +97,8 @@ class FeatureReport:
 class Monitor:
     """Looks at the encoder's features and reports a collapse when it happens, in one warning until it is over.
 
-    The log warns when two looks in a row find one: healthy runs pass through a narrow space early on (a masked
+    Features that are not finite or all point the same way are reported by the first look that finds them; a fall
+    relative to the start by the second in a row, since healthy runs pass through a narrow space early on (a masked
     autoencoder first learns the mean patch). ``metrics.jsonl`` has what each look found.
 
     Args:
@@ -111,6 +112,7 @@ class Monitor:
         self.knn_k = knn_k
         self.start = start
         self.looks_collapsed = 0
+        self.warned = False
 
     def look(self, objective: Objective, prepare: Callable[[View], View], step: int) -> FeatureReport:
         """Features of ``objective.encoder`` on the probe set, and what they say.
@@ -130,12 +132,14 @@ class Monitor:
             report = FeatureReport(rank, std, self._knn(features), warning)
             self.start = self.start or (rank, std)
         self.looks_collapsed = self.looks_collapsed + 1 if report.warning is not None else 0
-        if self.looks_collapsed == 2:
+        sure = report.std < STD_FLOOR or self.looks_collapsed > 1
+        if report.warning is not None and sure and not self.warned:
             logger.warning(
                 "Step %d: the encoder seems to have collapsed: %s. Try a lower optim.lr or a longer optim.warmup.",
                 step,
                 report.warning,
             )
+        self.warned = report.warning is not None and (sure or self.warned)
         return report
 
     def _knn(self, features: Tensor) -> float | None:

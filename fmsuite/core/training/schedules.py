@@ -45,12 +45,12 @@ def resolve(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
     )
 
 
-def run_length(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimiser steps in a run: ``steps``, or ``epochs`` passes rounded to the nearest step, at least one."""
+def run_length(config: TrainingConfig, windows: int) -> int:
+    """Optimiser steps in a run: ``steps``, or ``epochs`` passes over the windows, rounded to a step, at least one."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return max(1, round(config.epochs * steps_per_epoch))
+    return max(1, round(config.epochs * windows / config.batch_size))
 
 
 def constant(value: float) -> Schedule:

@@ -253,4 +253,8 @@ class SlideReader:
             where = f"window at y={position[0]:.0f}, x={position[1]:.0f}: " if failure.stage == "read" else ""
             raise ReadFailure(failure.path, failure.stage, where + failure.reason, failure.hint) from failure
         values = np.ascontiguousarray(np.moveaxis(rgb, -1, 0))
-        return ArraySample(values, valid=None if valid.all() else valid[None])
+        spacing = None
+        if window.spacing:
+            # What one output pixel measures: the field of view divided by the pixels across it.
+            spacing = tuple(s * e / n for s, e, n in zip(window.spacing, extent, self.size, strict=True))
+        return ArraySample(values, valid=None if valid.all() else valid[None], spacing=spacing)

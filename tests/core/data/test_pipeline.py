@@ -167,7 +167,7 @@ def test_requests_that_fit_neither_axes_nor_patches_are_refused(request_: ViewRe
 class Drawing(Sample):
     """Drawn at whatever resolution is asked for: a ramp in its own units."""
 
-    size: tuple[int, ...] = (10, 10)
+    size: tuple[float, ...] = (10.5, 10.0)
 
     def crop(self, start: tuple[float, ...], extent: tuple[float, ...], size: tuple[int, ...]) -> ArraySample:
         across = start[1] + (np.arange(size[1]) + 0.5) * extent[1] / size[1]

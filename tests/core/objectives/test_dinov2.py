@@ -51,7 +51,7 @@ def test_patch_assignments_losses_and_the_centre_equal_the_reference(reference):
         assert student.grad.norm().item() == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("centering", ["centre", "sinkhorn"])
+@pytest.mark.parametrize("centering", ["center", "sinkhorn"])
 def test_the_loss_is_the_sum_of_its_parts(toys, context, centering):
     objective = toys.objective("dinov2", centering=centering, mask_share=1.0, patch_head="separate").eval()
     batch = toys.batch(objective)

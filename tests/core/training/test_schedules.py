@@ -70,7 +70,8 @@ def test_what_is_no_duration_is_refused_by_name(duration: object) -> None:
 
 
 def test_run_length_from_steps_and_from_epochs() -> None:
-    assert run_length(TrainingConfig(steps=9), 100) == 9
-    assert run_length(TrainingConfig(epochs=2.5), 100) == 250
-    assert run_length(TrainingConfig(epochs=0.001), 100) == 1
-    assert math.isclose(cosine(1, 0, run_length(TrainingConfig(epochs=2), 5))(5), 0.5)
+    assert run_length(TrainingConfig(steps=9, batch_size=10), 1000) == 9
+    assert run_length(TrainingConfig(epochs=2.5, batch_size=10), 1000) == 250
+    assert run_length(TrainingConfig(epochs=1, batch_size=64), 1000) == 16
+    assert run_length(TrainingConfig(epochs=0.001, batch_size=10), 1000) == 1
+    assert math.isclose(cosine(1, 0, run_length(TrainingConfig(epochs=2, batch_size=10), 50))(5), 0.5)
