@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 from PIL import Image
@@ -57,9 +58,9 @@ def test_the_index_lists_the_windows_and_opens_in_a_data_frame(fmsuite, folder: 
     }
     assert index.metadata["domain"] == "pathology"
     assert index.metadata["options"]["size"] == 128
-    frame = pd.read_parquet(tmp_path / "index.parquet")
-    assert len(frame) == 16
-    assert {"source", "group", "position", "extent", "content", "label", "split"} <= set(frame.columns)
+    table = pq.read_table(tmp_path / "index.parquet")
+    assert table.num_rows == 16
+    assert {"source", "group", "position", "extent", "content", "label", "split"} <= set(table.column_names)
     assert not (tmp_path / "skipped.csv").exists()
     assert not (tmp_path / "preview").exists()
 
@@ -96,9 +97,10 @@ def test_what_cannot_be_used_is_on_record_and_ends_with_3(fmsuite, folder: Path,
     assert ran.code == 3, ran.text
     assert "4 skipped" in ran.text
     assert f"See {tmp_path / 'skipped.csv'}" in ran.text
-    lines = pd.read_csv(tmp_path / "skipped.csv")
-    assert {Path(path).name for path in lines["path"]} == {"text.svs", "empty.svs", "cut.tif", "glass.tif"}
-    assert lines["reason"].str.len().min() > 10
+    with (tmp_path / "skipped.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {Path(line["path"]).name for line in lines} == {"text.svs", "empty.svs", "cut.tif", "glass.tif"}
+    assert min(len(line["reason"]) for line in lines) > 10
     assert len(SampleIndex.read(tmp_path / "index.parquet")) == 16
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fmsuite.domains import base
 from fmsuite.domains.base import domain_names, load_domain
 from fmsuite.errors import UsageError
 
+ROOT = Path(__file__).resolve().parents[2]
 BUILT_IN = ("medical", "pathology", "remote_sensing", "svg")
 LIBRARIES = {
     "pathology": ("openslide", "tifffile"),
@@ -88,3 +90,11 @@ def test_the_core_imports_no_domain_library() -> None:
     modules = imported_by(statement)
     assert {module for module in modules if module.startswith("fmsuite.domains.")} == {"fmsuite.domains.base"}
     assert not modules & set(HEAVY)
+
+
+def test_every_domain_that_the_project_declares_can_be_loaded() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    domains = declared[base.ENTRY_POINT_GROUP]
+    assert set(domains) == set(BUILT_IN)
+    for name, target in domains.items():
+        assert EntryPoint(name, target, base.ENTRY_POINT_GROUP).load().name == name
