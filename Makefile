@@ -8,7 +8,7 @@ DEMO ?= demo
 
 demo: setup
 	$(BIN)/fmsuite example-data --domain pathology --out $(DEMO)/slides
-	$(BIN)/fmsuite tile --domain pathology $(DEMO)/slides --out $(DEMO)/index.parquet --preview
+	$(BIN)/fmsuite tile --domain pathology $(DEMO)/slides --recipe pathology-mae --out $(DEMO)/index.parquet --preview
 	$(BIN)/fmsuite pretrain --domain pathology --data $(DEMO)/index.parquet --out $(DEMO)/run
 	@ls -l $(DEMO)/run
 

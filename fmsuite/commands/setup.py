@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
-from fmsuite.configs import load_recipe
+from fmsuite.configs import Recipe, load_recipe
 from fmsuite.core.config import RunConfig, apply_overrides, parse_run, validate
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
@@ -47,16 +47,21 @@ def resolve_run(
     Raises:
         UsageError: for unknown names and keys, and for a recipe of another domain.
     """
+    found = _recipe_of(domain, recipe or load_domain(domain).default_recipe)
+    items = [f"objective.name={objective}", *overrides] if objective else list(overrides)
+    raw = apply_overrides(found.raw, items)
+    return parse(raw, f"recipe {found.name}")
+
+
+def _recipe_of(domain: str, name: str) -> Recipe:
     plugin = load_domain(domain)
-    found = load_recipe(recipe or plugin.default_recipe, [plugin.recipes] if plugin.recipes else [])
+    found = load_recipe(name, [plugin.recipes] if plugin.recipes else [])
     if found.domain != domain:
         raise UsageError(
             f"The recipe '{found.name}' is for --domain {found.domain}, not {domain}.",
             f"`fmsuite list recipes` shows those of {domain}.",
         )
-    items = [f"objective.name={objective}", *overrides] if objective else list(overrides)
-    raw = apply_overrides(found.raw, items)
-    return parse(raw, f"recipe {found.name}")
+    return found
 
 
 def parse(raw: dict[str, Any], origin: str) -> RunConfig:
@@ -91,14 +96,16 @@ def open_domain(name: str, options: BaseModel) -> Domain:
     return load_domain(name)(options)  # type: ignore[arg-type]
 
 
-def domain_options(name: str, overrides: Sequence[str]) -> BaseModel:
-    """A domain's ``data:`` options from ``data.key=value`` or plain ``key=value`` overrides.
+def domain_options(name: str, overrides: Sequence[str], recipe: str | None = None) -> BaseModel:
+    """A domain's ``data:`` options: its defaults or a recipe's, with ``data.key=value`` or ``key=value`` overrides.
 
     Raises:
-        UsageError: for unknown keys.
+        UsageError: for unknown keys and recipes.
     """
     plugin = load_domain(name)
-    defaults = load_recipe(plugin.default_recipe, [plugin.recipes] if plugin.recipes else []).raw.get("data") or {}
+    defaults: dict[str, Any] = {}
+    if recipe is not None:
+        defaults = _recipe_of(name, recipe).raw.get("data") or {}
     items = [item if item.startswith("data.") else f"data.{item}" for item in overrides]
     raw = apply_overrides({"data": defaults}, items)
     return validate(plugin.Options, raw["data"], "data", "command line")

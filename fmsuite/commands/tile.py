@@ -33,6 +33,7 @@ def tile(
     paths: Sequence[Path],
     out: Path,
     *,
+    recipe: str | None = None,
     overrides: Sequence[str] = (),
     preview: bool = False,
     strict: bool = False,
@@ -41,6 +42,10 @@ def tile(
     """Write an index of the windows in files and folders, with ``skipped.csv`` and previews beside it.
 
     An index that is not called ``index.parquet`` gives its name to both, so that several can share a folder.
+
+    Args:
+        recipe: take the windows that this recipe trains on; the domain's own defaults if not given.
+        overrides: ``key=value`` items for single options of the domain.
 
     Raises:
         UsageError: for bad paths, options, or when no window was found.
@@ -51,7 +56,7 @@ def tile(
     log_path = out.with_name(name)
     log_path.unlink(missing_ok=True)
     skipped = SkippedLog(log_path, strict)
-    plugin = open_domain(domain, domain_options(domain, overrides))
+    plugin = open_domain(domain, domain_options(domain, overrides, recipe))
     plugin, index = open_index(plugin, [Path(p) for p in paths], skipped, progress)
     index.write(out)
     pictures = out.with_name("preview" if out.stem == "index" else f"{out.stem}.preview")

@@ -258,12 +258,8 @@ class VisionTransformer(Backbone):
         axes = self.spec.axes if self.grid is None else self.grid.token_axes
         if self.config.positions == "sincos":
             axis_widths(axes, self.width, self.config.position_widths)
-        elif self.config.position_widths:
-            raise UsageError("model.position_widths divides sine-cosine features.", "Set model.positions to sincos.")
         if self.config.positions == "rotary":
             rotary_angles(TokenLayout(axes, torch.zeros(1, len(axes))), head_dim, self.config.rope_theta)
-        if self.config.positions == "learned" and self.config.position_units == "physical":
-            raise UsageError("A learned position table counts patches, not lengths.", "Use sincos or rotary.")
 
     def _positions(self, layout: TokenLayout) -> tuple[Tensor | None, Tensor | None]:
         """What to add to the patches, (N, D) or (1, N, D) or (B, N, D), and to the class token, (1, 1, D)."""

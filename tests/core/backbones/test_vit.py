@@ -368,8 +368,6 @@ def test_every_parameter_is_initialised() -> None:
         (RGB, {"heads": 5}, "not a multiple"),
         (BAG, {}, "no grid for a learned"),
         (BAG, {"input_size": 32, "positions": "none"}, "bag of vectors"),
-        (RGB, {"position_units": "physical"}, "counts patches"),
-        (RGB, {"position_widths": {"x": 4}}, "sine-cosine"),
         (RGB, {"positions": "rotary", "heads": 24}, "cannot hold rotary"),
         (VOLUME, {"positions": "sincos", "width": 4, "heads": 1, "patch_size": 4}, "too few"),
     ],
