@@ -24,7 +24,7 @@ def test_openslide_reads_the_true_resolution_of_every_level(example: Path) -> No
         mpp = float(slide.properties["openslide.mpp-x"])
         assert slide.dimensions[0] * mpp == pytest.approx(640.0, abs=0.5)
         stated.append(round(mpp, 4))
-    assert sorted(set(stated)) == [0.4942, 0.5]
+    assert set(stated) == {0.4942}
     assert stated[0::2] == stated[1::2]
 
 
