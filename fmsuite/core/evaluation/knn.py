@@ -23,6 +23,7 @@ def knn_predict(
     metric: Literal["cosine", "euclidean"] = "cosine",
     support_groups: Tensor | None = None,
     query_groups: Tensor | None = None,
+    balance: bool = False,
 ) -> Tensor:
     """The class with the most votes among the k nearest supports of each query.
 
@@ -36,6 +37,9 @@ def knn_predict(
         k: neighbours; all supports if there are fewer.
         temperature: needs the cosine metric.
         support_groups, query_groups: (S,), (Q,) int64; neighbours of a query's own group are passed over.
+        balance: a vote counts in inverse proportion to the supports of its class that the query may ask. Passing over
+            a query's own group takes members of its own class away, so that without this, features of pure noise
+            would score below chance where groups are few.
 
     Returns:
         (Q,) int64.
@@ -59,6 +63,7 @@ def knn_predict(
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows]
         closeness = chunk @ support.T
+        available = torch.ones_like(closeness, dtype=torch.bool)
         if metric == "euclidean":
             closeness = 2 * closeness - support.square().sum(1)
         if support_groups is not None and query_groups is not None:
@@ -66,6 +71,7 @@ def knn_predict(
             if bool(own.all(1).any()):
                 raise UsageError("All labelled features are of one group, so none is left to vote on its members.")
             closeness = closeness.masked_fill(own, -torch.inf)
+            available = ~own
         nearest = closeness.topk(k, dim=1)
         usable = nearest.values.isfinite()
         weight = usable.to(torch.float32)
@@ -74,6 +80,9 @@ def knn_predict(
             weight = torch.where(usable, ((nearest.values - nearest.values[:, :1]) / temperature).exp(), 0.0)
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         votes.scatter_add_(1, support_labels[nearest.indices], weight)
+        if balance:
+            members = available.to(torch.float32) @ F.one_hot(support_labels, classes).to(torch.float32)
+            votes = votes / members.clamp(min=1)
         predicted.append(votes.argmax(1))
     return torch.cat(predicted) if predicted else torch.empty(0, dtype=torch.int64, device=queries.device)
 

@@ -147,7 +147,9 @@ class Monitor:
         labels, groups, features = self.probe.labels[labelled], self.probe.groups[labelled], features[labelled]
         if len(labels.unique()) < 2 or len(groups.unique()) < 2:
             return None
-        predicted = knn_predict(features, labels, features, self.knn_k, support_groups=groups, query_groups=groups)
+        predicted = knn_predict(
+            features, labels, features, self.knn_k, support_groups=groups, query_groups=groups, balance=True
+        )
         return balanced_accuracy(predicted, labels)
 
 

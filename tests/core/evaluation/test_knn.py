@@ -93,3 +93,31 @@ def test_balanced_accuracy_equals_scikit_learn() -> None:
     with np.testing.suppress_warnings() as quiet:
         quiet.filter(UserWarning)
         assert ours == pytest.approx(balanced_accuracy_score(target, predicted))
+
+
+def test_balanced_votes_put_noise_at_chance_where_own_groups_are_passed_over() -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(4).repeat_interleave(200)
+    labels = groups % 2
+    noise = torch.randn(800, 16, generator=generator)
+
+    def score(balance: bool) -> float:
+        found = knn_predict(
+            noise, labels, noise, 20, temperature=None, support_groups=groups, query_groups=groups, balance=balance
+        )
+        return balanced_accuracy(found, labels)
+
+    assert score(balance=False) < 0.25
+    assert score(balance=True) == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_balanced_vote_counts_by_the_supports_of_its_class() -> None:
+    support = torch.tensor([[1.0, 0.0], [0.99, 0.1], [0.98, 0.2], [0.9, 0.3]])
+    labels = torch.tensor([0, 0, 0, 1])
+    query = torch.tensor([[1.0, 0.2]])
+    plain = knn_predict(support, labels, query, 3, temperature=None, metric="euclidean")
+    assert plain.tolist() == [0]
+    # Two of class 0 at 1/3 each against one of class 1 at 1.
+    near = torch.tensor([[0.92, 0.28]])
+    assert knn_predict(support, labels, near, 3, temperature=None, metric="euclidean").tolist() == [0]
+    assert knn_predict(support, labels, near, 3, temperature=None, metric="euclidean", balance=True).tolist() == [1]
