@@ -22,7 +22,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/pytest -n auto --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --durations 15
 
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet

@@ -1,0 +1,72 @@
+"""Recipes: every one is accepted, and the published ones say what was published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fmsuite.commands.setup import resolve_run
+from fmsuite.configs import load_recipe, recipes
+from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.inputs import InputSpec, rgb_channels
+from fmsuite.core.objectives.base import find_objective
+from fmsuite.core.training.optim import OptimSchedules
+from fmsuite.core.training.schedules import run_length
+from fmsuite.errors import UsageError
+
+INPUTS = {
+    "pathology": InputSpec(axes=("y", "x"), size=(256, 256), channels=rgb_channels()),
+    "svg": InputSpec(axes=("y", "x"), size=(64, 64), channels=rgb_channels()),
+    "remote_sensing": InputSpec(axes=("y", "x"), size=(64, 64), channels=rgb_channels()),
+    "medical": InputSpec(axes=("z", "y", "x"), size=(32, 32, 32), channels=rgb_channels()[:1]),
+}
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_every_recipe_is_accepted_and_its_network_can_be_built(name: str) -> None:
+    recipe = load_recipe(name)
+    config = resolve_run(recipe.domain, name)
+    assert recipe.description
+    with torch.device("meta"):
+        backbone = build_backbone(config.model, INPUTS[config.domain])
+        objective = find_objective(config.objective)(config.objective_options, backbone)
+    assert objective.view_requests()
+    OptimSchedules.build(config.optim, config.training.batch_size, run_length(config.training, 10_000), 100)
+
+
+def test_uni_has_the_published_hyper_parameters() -> None:
+    config = resolve_run("pathology", "uni")
+    with torch.device("meta"):
+        backbone = build_backbone(config.model, INPUTS["pathology"])
+        objective = find_objective(config.objective)(config.objective_options, backbone)
+    assert (backbone.width, backbone.depth, config.model.size.heads) == (1024, 24, 16)
+    assert backbone.spec.size == (224, 224)
+    assert sum(p.numel() for p in backbone.parameters()) == pytest.approx(303e6, rel=0.01)
+
+    crops = {request.name: request for request in objective.view_requests()}
+    globals_ = [request for name, request in crops.items() if name.startswith("global")]
+    assert sum(request.count for request in globals_) == 2
+    assert all(request.size == (224, 224) and request.scale == (0.48, 1.0) for request in globals_)
+    assert (crops["local"].count, crops["local"].size, crops["local"].scale) == (8, (96, 96), (0.16, 0.48))
+
+    schedules = OptimSchedules.build(config.optim, config.training.batch_size, 125_000, 32_000)
+    assert schedules.lr(0) == 0
+    assert schedules.lr(12_500) == pytest.approx(2e-3)
+    assert schedules.lr(124_999) == pytest.approx(1e-6, rel=0.01)
+    assert schedules.weight_decay(0) == pytest.approx(0.04)
+    assert schedules.weight_decay(124_999) == pytest.approx(0.4, rel=1e-3)
+    assert config.training.batch_size == 3072
+
+
+def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "uni.yaml").write_text("domain: pathology\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="Two recipes are called 'uni'"):
+        recipes([tmp_path])
+
+
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="not a configuration"):
+        load_recipe(str(tmp_path / "list.yaml"))
