@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from pydantic import BaseModel
 
-from fmsuite.commands.setup import open_domain, open_index, read_run_config, resolve_run
+from fmsuite.commands.setup import open_domain, open_index, parts_of, read_run_config, resolve_run
 from fmsuite.core import distributed
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.config import RunConfig
@@ -36,6 +36,7 @@ from fmsuite.core.training.precision import choose_device
 from fmsuite.core.training.schedules import run_length
 from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
 from fmsuite.errors import FmsuiteError, UsageError
+from fmsuite.tiling.parts import discard_parts
 
 log = logging.getLogger("fmsuite")
 VIEW_SAMPLES = 6
@@ -163,7 +164,7 @@ def _pretrain(
         distributed.barrier()
     if main:
         run.path.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if not resume and not parts_of(run.index_path).is_dir():
             run.skipped_path.unlink(missing_ok=True)
     skipped = SkippedLog(run.skipped_path if main else None, strict)
     domain, whole = _windows(config, data, run, resume, asked, skipped, progress)
@@ -239,9 +240,11 @@ def _windows(
         try:
             if not (resume and run.index_path.exists()):
                 paths = [Path(path) for path in data] or [_example_data(domain, config.seed)]
+                domain.parts = parts_of(run.index_path)
                 opened, index = open_index(domain, paths, skipped, progress, asked)
                 _say_options_of_index(config.data, opened.options)
                 index.write(run.index_path)
+                discard_parts(parts_of(run.index_path))
                 log.info("%d windows from %d sources.", len(index), len(index.sources))
             elif data:
                 raise UsageError("--resume goes on with the run's own index.parquet.", "Leave out --data.")

@@ -92,6 +92,11 @@ def read_run_config(path: Path) -> RunConfig:
     return parse(raw, str(path))
 
 
+def parts_of(index: Path) -> Path:
+    """Where the finished sources of an index are kept while it is being built."""
+    return index.with_name(f".{index.stem}.parts")
+
+
 def open_domain(name: str, options: BaseModel) -> Domain:
     return load_domain(name)(options)  # type: ignore[arg-type]
 

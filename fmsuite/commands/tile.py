@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmsuite.commands.setup import domain_options, open_domain, open_index
+from fmsuite.commands.setup import domain_options, open_domain, open_index, parts_of
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.domains.base import Progress, no_progress
+from fmsuite.tiling.parts import discard_parts
 
 
 @dataclass
@@ -41,6 +42,7 @@ def tile(
 ) -> Tiled:
     """Write an index of the windows in files and folders, with ``skipped.csv`` and previews beside it.
 
+    After an interruption the same call goes on with the sources that are not finished, in domains that keep parts.
     An index that is not called ``index.parquet`` gives its name to both, so that several can share a folder.
 
     Args:
@@ -54,11 +56,15 @@ def tile(
         out = out / "index.parquet"
     name = FILE_NAME if out.stem == "index" else f"{out.stem}.{FILE_NAME}"
     log_path = out.with_name(name)
-    log_path.unlink(missing_ok=True)
+    parts = parts_of(out)
+    if not parts.is_dir():
+        log_path.unlink(missing_ok=True)
     skipped = SkippedLog(log_path, strict)
     plugin = open_domain(domain, domain_options(domain, overrides, recipe))
+    plugin.parts = parts
     plugin, index = open_index(plugin, [Path(p) for p in paths], skipped, progress)
     index.write(out)
+    discard_parts(parts)
     pictures = out.with_name("preview" if out.stem == "index" else f"{out.stem}.preview")
     previews = plugin.preview(index, pictures) if preview else []
     return Tiled(index, out, skipped, previews)

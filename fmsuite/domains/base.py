@@ -46,6 +46,8 @@ class Domain(ABC):
         Options: the model of the ``data:`` section.
         default_recipe: what ``fmsuite pretrain --domain NAME`` runs.
         recipes: a folder of further recipes, for plugins outside this package.
+        parts: a folder in which ``build_index`` may keep what it has finished (see ``tiling.parts``), so that it goes
+            on there after an interruption; the caller removes it once the index is written.
     """
 
     name: ClassVar[str]
@@ -53,6 +55,7 @@ class Domain(ABC):
     Options: ClassVar[type[DomainOptions]]
     default_recipe: ClassVar[str]
     recipes: ClassVar[Path | None] = None
+    parts: Path | None = None
 
     def __init__(self, options: DomainOptions) -> None:
         self.options = options

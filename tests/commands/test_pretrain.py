@@ -172,9 +172,9 @@ def check_files(run: Path, folder: Path) -> None:
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert facts["seed"] == 0
     assert len(facts["index_hash"]) == 16
-    (session,) = facts["sessions"]
-    assert str(folder) in session["command"]
-    assert {"fmsuite", "torch", "timm", "numpy"} <= session["versions"].keys()
+    (start,) = facts["starts"]
+    assert str(folder) in start["command"]
+    assert {"fmsuite", "torch", "timm", "numpy"} <= start["versions"].keys()
 
 
 def check_metrics(run: Path, labelled: bool, steps: int) -> None:

@@ -171,7 +171,7 @@ def test_resuming_a_finished_run_says_so_and_keeps_its_encoder(fmsuite, finished
     assert (finished / "encoder.json").read_bytes() == before
     for name, weight in load_file(finished / "encoder.safetensors").items():
         assert torch.equal(weight, weights[name]), name
-    assert len(yaml.safe_load((finished / "run.json").read_text())["sessions"]) == 2
+    assert len(yaml.safe_load((finished / "run.json").read_text())["starts"]) == 2
 
 
 @pytest.fixture

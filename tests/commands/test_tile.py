@@ -14,6 +14,7 @@ from PIL import Image
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.domains.pathology.example import write_slide
+from fmsuite.domains.pathology.slides import open_source
 
 MPP = 0.5
 
@@ -214,3 +215,40 @@ def test_an_index_whose_slide_was_moved_says_which(fmsuite, settings, folder: Pa
     assert ran.code == 1, ran.text
     assert str(folder / "good.tif") in ran.text
     assert "unexpected" not in ran.text
+
+
+def test_an_interrupted_tiling_goes_on_with_what_is_missing(
+    fmsuite, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source,) = folder.glob("*.tif")
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    for name in "abcd":
+        shutil.copy(source, cohort / f"{name}.tif")
+    (cohort / "broken.svs").write_text("no slide")
+    opened: list[str] = []
+
+    def open_counted(path: str):
+        if Path(path).name not in opened:
+            opened.append(Path(path).name)
+        if stops and "c.tif" in opened:
+            raise KeyboardInterrupt
+        return open_source(path)
+
+    monkeypatch.setattr("fmsuite.domains.pathology.windows.open_source", open_counted)
+    out = tmp_path / "out" / "index.parquet"
+    stops = True
+    assert tile(fmsuite, cohort, "--out", out).code == 130
+    assert not out.exists()
+    assert opened == ["a.tif", "b.tif", "broken.svs", "c.tif"]
+
+    opened.clear()
+    stops = False
+    assert tile(fmsuite, cohort, "--out", out).code == 3
+    assert opened == ["broken.svs", "c.tif", "d.tif"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["index.parquet", "skipped.csv"]
+    whole = tmp_path / "whole" / "index.parquet"
+    tile(fmsuite, cohort, "--out", whole)
+    assert SampleIndex.read(out).hash == SampleIndex.read(whole).hash
+    assert SampleIndex.read(out).metadata == SampleIndex.read(whole).metadata
+    assert (out.parent / "skipped.csv").read_text() == (whole.parent / "skipped.csv").read_text()

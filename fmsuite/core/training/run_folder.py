@@ -85,7 +85,7 @@ class RunFolder:
     def begin(
         self, config: RunConfig, index_hash: str, command: Sequence[str] | None = None, resume: bool = False
     ) -> None:
-        """Write ``config.yaml`` and ``run.json``; a resumed run adds a session to the latter.
+        """Write ``config.yaml`` and ``run.json``; a resumed run adds a start to the latter.
 
         Args:
             index_hash: ``SampleIndex.hash`` of the windows trained on.
@@ -103,7 +103,7 @@ class RunFolder:
                 f"{self.path}: the run was begun on another index ({before}, now {index_hash}).",
                 "Resume on the original data, or start a new run in another folder.",
             )
-        session = {
+        start = {
             "command": list(sys.argv if command is None else command),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),
@@ -116,14 +116,14 @@ class RunFolder:
         facts = {
             "seed": config.seed,
             "index_hash": index_hash,
-            "sessions": [*facts.get("sessions", []), session],
+            "starts": [*facts.get("starts", []), start],
         }
         self.path.mkdir(parents=True, exist_ok=True)
         _replace_text(self.config_path, config.to_yaml())
         _replace_text(self.facts_path, json.dumps(facts, indent=2) + "\n")
 
     def facts(self) -> dict[str, Any]:
-        """``run.json``: seed, index hash, and a session for each time that the run was started; empty if not begun.
+        """``run.json``: seed, index hash, and an entry for each time that the run was started; empty if not begun.
 
         Raises:
             UsageError: if the file is damaged.

@@ -23,6 +23,7 @@ from fmsuite.domains.pathology.reading import SlideReader
 from fmsuite.domains.pathology.windows import SOURCE_FACTS_LIMIT, rows_of_files
 from fmsuite.errors import UsageError
 from fmsuite.tiling.labels import assign_labels
+from fmsuite.tiling.parts import PartStore
 from fmsuite.tiling.sources import find_files
 from fmsuite.tiling.table import join_tables
 
@@ -42,7 +43,9 @@ class PathologyDomain(Domain):
         labels = assign_labels(options, paths, files, skipped)
         tables: list[pa.Table] = []
         facts: dict[str, dict[str, Any]] = {}
-        for rows in rows_of_files(progress(files, len(files), "Tiling slides"), labels, options, skipped):
+        shown = progress(files, len(files), "Tiling slides")
+        parts = PartStore(self.parts, options.model_dump(mode="json"))
+        for rows in rows_of_files(shown, labels, options, skipped, parts):
             tables.append(rows.table)
             if len(facts) < SOURCE_FACTS_LIMIT:
                 facts[rows.table.column("source")[0].as_py()] = rows.facts

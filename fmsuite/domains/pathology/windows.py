@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fmsuite.domains.pathology.tiles import ImageSource, tile_windows
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import box_shares, window_grid
 from fmsuite.tiling.labels import Assigned, SourceLabel
+from fmsuite.tiling.parts import PartStore
 from fmsuite.tiling.sources import SourceFile
 from fmsuite.tiling.table import window_table
 from fmsuite.tiling.tissue import TissueMask, find_tissue
@@ -184,11 +185,24 @@ def rows_of_files(
     labels: Assigned,
     options: PathologyOptions,
     skipped: SkippedLog,
+    parts: PartStore,
 ) -> Iterator[SourceRows]:
-    """The rows of each file that can be used, one file open at a time; the others are recorded."""
+    """The rows of each file that can be used, one file open at a time; the others are recorded.
+
+    Files whose rows are in ``parts`` are not opened again.
+    """
     seen: dict[tuple[str, str], Path] = {}
     for file in files:
         note = labels.of(file)
+        known = (file.group, *astuple(note))
+        kept = parts.load(file.path, known)
+        if kept is not None:
+            table, facts = kept
+            identity = facts.pop("identity")
+            if identity:
+                seen.setdefault((identity, str(file.path.parent)), file.path)
+            yield SourceRows(table, facts)
+            continue
         try:
             source = open_source(str(file.path))
             try:
@@ -203,6 +217,9 @@ def rows_of_files(
         except ReadFailure as failure:
             skipped.add_failure(failure)
             continue
+        if not isinstance(source, ImageSource):
+            # A tile image is looked at in less time than its rows are written.
+            parts.save(file.path, known, rows.table, {**rows.facts, "identity": source.identity})
         yield rows
 
 

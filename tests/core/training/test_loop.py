@@ -363,9 +363,9 @@ def test_run_folder_records_what_is_needed_to_repeat(tmp_path: Path) -> None:
     run.begin(make_config(), "abc", ["fmsuite", "pretrain"])
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["seed"], facts["index_hash"]) == (3, "abc")
-    assert facts["sessions"][0]["command"] == ["fmsuite", "pretrain"]
-    assert facts["sessions"][0]["versions"]["torch"] == torch.__version__
+    assert facts["starts"][0]["command"] == ["fmsuite", "pretrain"]
+    assert facts["starts"][0]["versions"]["torch"] == torch.__version__
     run.begin(make_config(), "abc", ["fmsuite", "pretrain", "--resume"], resume=True)
-    assert len(run.facts()["sessions"]) == 2
+    assert len(run.facts()["starts"]) == 2
     with pytest.raises(UsageError, match=r"another index \(abc, now xyz\)"):
         run.begin(make_config(), "xyz", resume=True)
