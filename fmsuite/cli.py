@@ -31,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done; 1 failed; 2 wrong use; 3 done, with sources skipped; 130 interrupted.",
 )
-out_console = Console()
+out_console = Console(width=None if sys.stdout.isatty() else 160)
 console = progress_console()
 
 DomainName = Annotated[str, typer.Option("--domain", "-d", help="The field: see `fmsuite list domains`.")]
