@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -336,6 +337,8 @@ def _write(weights: Path, beside: Path, state: dict[str, Tensor], described: Map
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, partial, metadata={"format": "pt", METADATA_KEY: text})
         partial_json.write_text(text + "\n", encoding="utf-8")
+        # safetensors makes files that only their owner may read, whatever the umask.
+        shutil.copymode(partial_json, partial)
         os.replace(partial, weights)
         os.replace(partial_json, beside)
     except (OSError, SafetensorError) as error:

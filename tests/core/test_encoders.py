@@ -340,3 +340,9 @@ def test_a_stored_sincos_table_starts_a_model_that_computes_it(tmp_path: Path) -
     started = build_backbone(_config(positions="sincos", weights=str(path)), RGB).eval()
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(started(View(x)).cls, encoder.backbone(View(x)).cls, atol=1e-6, rtol=1e-5)
+
+
+def test_the_weights_may_be_read_by_whoever_may_read_their_description(tmp_path: Path) -> None:
+    backbone = VisionTransformer(ModelConfig(name="vit_tiny", width=16, heads=2, depth=1, patch_size=8), RGB)
+    save_encoder(tmp_path, backbone, RGB, "cls", {})
+    assert (tmp_path / "encoder.safetensors").stat().st_mode == (tmp_path / "encoder.json").stat().st_mode

@@ -97,6 +97,9 @@ class ModelConfig(BaseModel):
         ):
             if not wanted and getattr(self, key) != fields[key].default:
                 raise ValueError(f"{key} has no effect without {needed}")
+        if not self.name.startswith("timm:"):
+            # An unknown name, or heads that do not divide the width, is refused before any data is looked at.
+            _ = self.size
         return self
 
     @property
