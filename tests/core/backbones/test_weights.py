@@ -109,6 +109,22 @@ def test_teacher_of_a_dino_checkpoint_is_taken_and_its_head_reported(tmp_path: P
     assert torch.equal(only.state["norm.bias"], state["norm.bias"] + 1)
 
 
+def test_a_dino_checkpoint_gives_the_outputs_of_timm_which_hosts_dinos_weights_under_their_own_names() -> None:
+    state = _state()
+    reference = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=0
+    ).eval()
+    reference.load_state_dict(state, strict=True)
+    teacher = {f"backbone.{key}": value for key, value in state.items()} | {"head.mlp.0.weight": torch.ones(3, 64)}
+    found = recognise({"student": {}, "teacher": teacher}, "file", heads=4)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = _load(found).eval()(View(pixels))
+        expected = reference.forward_features(pixels)
+    torch.testing.assert_close(ours.cls, expected[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.patches, expected[:, 1:], rtol=0, atol=1e-5)
+
+
 def test_ijepa_target_encoder_has_no_class_token() -> None:
     state = _state(cls=False)
     wrapped = {f"module.{k}": v for k, v in state.items()}
