@@ -271,7 +271,7 @@ def _sides(whole: SampleIndex, split: str | None) -> tuple[SampleIndex, SampleIn
             f"No window is in the split '{split}'; the index has {', '.join(sorted(pc.unique(column).to_pylist()))}.",
             "Set training.split to one of them, or to null to train on all windows.",
         )
-    if not mine.all():
+    if not mine.all() and distributed.is_main():
         log.info("Training on %d windows; %d of other splits are held out.", mine.sum(), (~mine).sum())
     return whole.select(np.flatnonzero(mine)), whole.select(np.flatnonzero(~mine))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,42 @@ class Backbone(nn.Module, ABC):
             norm_layers: put those through the final norm.
         """
 
+    def forward_crops(self, views: Sequence[View], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
+        """Several crops, of several sizes, in one call: crops of equal size go through together.
+
+        Args:
+            views: any number of views; each may have its own batch size.
+            masks: for each view the tokens to replace by the mask token, or ``None``.
+
+        Returns:
+            Features of each view, in the same order; equal to separate calls.
+        """
+        given: Sequence[Tensor | None] = masks if masks is not None else [None] * len(views)
+        if len(given) != len(views):
+            raise ValueError(f"{len(given)} masks for {len(views)} views")
+        bundles: dict[tuple, list[int]] = {}
+        for number, view in enumerate(views):
+            extras = (view.spacing is None, view.keys is None, tuple(sorted(view.coords)))
+            bundles.setdefault((tuple(view.pixels.shape[1:]), extras), []).append(number)
+        results: dict[int, Features] = {}
+        for members in bundles.values():
+            joined = View.cat([replace(views[number], mask=None) for number in members])
+            mask = None
+            if any(given[number] is not None for number in members):
+                mask = torch.cat([self._mask_or_none(views[number], given[number]) for number in members])
+            features = self(joined, mask=mask)
+            start = 0
+            for number in members:
+                stop = start + len(views[number])
+                results[number] = _rows(features, start, stop)
+                start = stop
+        return [results[number] for number in range(len(views))]
+
+    def _mask_or_none(self, view: View, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            return mask
+        return torch.zeros(len(view), self.layout(view).num_tokens, dtype=torch.bool, device=view.pixels.device)
+
     @abstractmethod
     def layer_of(self, parameter: str) -> int:
         """The layer of a parameter by its name in this module: 0 for embeddings and positions, i + 1 for block i,
@@ -128,3 +164,25 @@ class Backbone(nn.Module, ABC):
             spacing = torch.tensor(self.spec.spacing, dtype=torch.float32, device=view.pixels.device)
         valid = None if view.valid is None else self.grid.valid_tokens(view.valid)
         return self.grid.layout(size, view.coords, spacing, valid, view.pixels.device)
+
+
+def _rows(features: Features, start: int, stop: int) -> Features:
+    """The features of some samples of a batch."""
+
+    def cut(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[start:stop]
+
+    layout = features.layout
+    layout = replace(
+        layout,
+        coords=layout.coords[start:stop] if layout.coords.dim() == 3 else layout.coords,
+        pitch=cut(layout.pitch) if layout.pitch is not None and layout.pitch.dim() == 2 else layout.pitch,
+        valid=cut(layout.valid),
+    )
+    return Features(
+        features.patches[start:stop],
+        layout,
+        cut(features.cls),
+        cut(features.registers),
+        tuple(output[start:stop] for output in features.intermediate),
+    )

@@ -267,14 +267,16 @@ class SelfDistillation(Objective):
             mask = whole.mask if layout.valid is None else whole.mask & layout.valid
         with torch.no_grad():
             taught = self.teacher(whole)
-        seen = self.backbone(whole, mask=mask) if self.masks else self.backbone(whole)
-        pooled = [self._pooled(seen, 2)]
-        usable = [self._usable(seen, 2)]
         locals_ = batch.views.get(LOCAL, [])
+        bundles, masks = [whole], [mask]
         if locals_:
-            small = self.backbone(View.cat(locals_))
-            pooled.append(self._pooled(small, len(locals_)))
-            usable.append(self._usable(small, len(locals_)))
+            bundles.append(View.cat(locals_))
+            masks.append(None)
+        features = self.backbone.forward_crops(bundles, masks)
+        seen = features[0]
+        counts = (2, len(locals_))
+        pooled = [self._pooled(crop, count) for crop, count in zip(features, counts)]
+        usable = [self._usable(crop, count) for crop, count in zip(features, counts)]
         return Crops(
             torch.cat(pooled),
             self._pooled(taught, 2),

@@ -46,6 +46,15 @@ class OptimConfig(Section):
     clip_grad: float | None = Field(default=None, gt=0)
     clip_per_parameter: bool = False
 
+    @model_validator(mode="after")
+    def _used(self) -> OptimConfig:
+        if (
+            self.lr_scaling == "none"
+            and self.lr_reference_batch != type(self).model_fields["lr_reference_batch"].default
+        ):
+            raise ValueError("lr_reference_batch has no effect without lr_scaling: linear or sqrt")
+        return self
+
 
 class TrainingConfig(Section):
     """How long, how much at once, on what.

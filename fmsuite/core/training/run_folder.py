@@ -60,10 +60,6 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def encoder_path(self) -> Path:
-        return self.path / "encoder.safetensors"
-
-    @property
     def index_path(self) -> Path:
         return self.path / "index.parquet"
 
