@@ -34,6 +34,13 @@ class Features:
     registers: Tensor | None = None
     intermediate: tuple[Tensor, ...] = ()
 
+    @property
+    def usable(self) -> Tensor:
+        """(B,) bool, samples with at least one valid token."""
+        if self.layout.valid is None:
+            return torch.ones(len(self.patches), dtype=torch.bool, device=self.patches.device)
+        return self.layout.valid.any(1)
+
     def mean(self) -> Tensor:
         """(B, D) mean over the valid patch tokens; zero where a sample has none."""
         if self.layout.valid is None:

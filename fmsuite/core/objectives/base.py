@@ -96,6 +96,25 @@ class Objective(nn.Module, ABC):
                 )
 
 
+def crop_size(
+    objective: Objective, key: str, given: int | tuple[int, ...] | None, default: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The size of an objective's crops along every axis.
+
+    Raises:
+        UsageError: naming the option ``key``, if patches do not divide the size, or if the input is a bag of vectors.
+    """
+    grid = objective.backbone.grid
+    if grid is None:
+        raise UsageError(f"Objective '{objective.name}' crops a grid; a bag of vectors has none.", "Choose another.")
+    try:
+        size = default if given is None else objective.backbone.spec.expand(given)
+        grid.shape(size)
+    except UsageError as error:
+        raise UsageError(f"objective.{key}: {error.message}", error.hint) from error
+    return size
+
+
 OBJECTIVES: dict[str, type[Objective]] = {}
 
 

@@ -1,4 +1,4 @@
-"""Projection heads of the DINO family."""
+"""Projection heads: perceptrons, and the prototypes of the DINO family."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ class WeightNormLinear(nn.Module):
         """(..., D) to (..., K)."""
         norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
         return functional.linear(values, self.weight_v * (self.weight_g / norm))
+
+
+def projector(in_dim: int, hidden: int, out_dim: int, layers: int = 2) -> nn.Sequential:
+    """A perceptron with ReLU between its ``layers`` linear maps, (..., in_dim) to (..., out_dim)."""
+    widths = [in_dim, *[hidden] * (layers - 1), out_dim]
+    parts: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        parts += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
 
 
 class DINOHead(nn.Module):

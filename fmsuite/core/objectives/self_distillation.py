@@ -15,7 +15,7 @@ from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.data.sample import Batch, MaskSampler, View, ViewRequest
 from fmsuite.core.distributed import all_mean
 from fmsuite.core.objectives import ema
-from fmsuite.core.objectives.base import Objective, ObjectiveConfig, StepContext
+from fmsuite.core.objectives.base import Objective, ObjectiveConfig, StepContext, crop_size
 from fmsuite.core.objectives.heads import DINOHead
 from fmsuite.core.tokens import PatchGrid
 from fmsuite.core.training import schedules
@@ -174,13 +174,13 @@ class SelfDistillation(Objective):
             raise UsageError(f"Objective '{self.name}' crops a grid, and a bag of vectors has none.", "Choose another.")
         self.grid: PatchGrid = backbone.grid
         spec = backbone.spec
-        self.global_size = self._size("global_size", config.global_size, spec.size)
+        self.global_size = crop_size(self, "global_size", config.global_size, spec.size)
         numerator, denominator = LOCAL_SHARE
         default = list(self.global_size)
         for axis in spec.spatial:
             patch = self.grid.patch_size[axis]
             default[axis] = max(1, self.global_size[axis] * numerator // denominator // patch) * patch
-        self.local_size = self._size("local_size", config.local_size, tuple(default))
+        self.local_size = crop_size(self, "local_size", config.local_size, tuple(default))
         sizes = {self.global_size} | ({self.local_size} if config.local_crops else set())
         if sizes != {spec.size}:
             self.need(can_resize=True)
@@ -189,14 +189,6 @@ class SelfDistillation(Objective):
         self.head = self._make_head(config.prototypes)
         self.teacher = ema.teacher_of(self.backbone)
         self.teacher_head = ema.teacher_of(self.head)
-
-    def _size(self, key: str, given: int | tuple[int, ...] | None, default: tuple[int, ...]) -> tuple[int, ...]:
-        try:
-            size = default if given is None else self.backbone.spec.expand(given)
-            self.grid.shape(size)
-        except UsageError as error:
-            raise UsageError(f"objective.{key}: {error.message}", error.hint) from error
-        return size
 
     def _make_head(self, prototypes: int) -> DINOHead:
         config = self.config
@@ -276,7 +268,7 @@ class SelfDistillation(Objective):
         seen = features[0]
         counts = (2, len(locals_))
         pooled = [self._pooled(crop, count) for crop, count in zip(features, counts)]
-        usable = [self._usable(crop, count) for crop, count in zip(features, counts)]
+        usable = [crop.usable.unflatten(0, (count, -1)) for crop, count in zip(features, counts)]
         return Crops(
             torch.cat(pooled),
             self._pooled(taught, 2),
@@ -289,13 +281,6 @@ class SelfDistillation(Objective):
 
     def _pooled(self, features: Features, views: int) -> Tensor:
         return features.pooled(self.pooling).unflatten(0, (views, -1))
-
-    @staticmethod
-    def _usable(features: Features, views: int) -> Tensor:
-        valid = features.layout.valid
-        if valid is None:
-            return torch.ones(len(features.patches), dtype=torch.bool, device=features.patches.device).view(views, -1)
-        return valid.any(1).unflatten(0, (views, -1))
 
     def before_update(self, context: StepContext) -> None:
         """Drop the prototypes' gradients while they are frozen (``freeze_last_layer`` of DINO's public code)."""

@@ -45,6 +45,7 @@ TOYS = {
 
 SMALL = {
     "mae": {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2},
+    "simclr": {"head_hidden": 32, "head_out": 16},
     "dino": {},
     "ibot": {},
     "dinov2": {},

@@ -13,7 +13,7 @@ from fmsuite.core.data.pipeline import NoAugmentation, ViewPipeline
 from fmsuite.core.data.sample import ArraySample, SampleKey
 from fmsuite.core.objectives.base import OBJECTIVES, StepContext, find_objective
 
-NAMES = ("mae", "dino", "ibot", "dinov2")
+NAMES = ("mae", "simclr", "dino", "ibot", "dinov2")
 KINDS = ("rgb", "thirteen_grouped", "two_channels", "volume", "series")
 
 
@@ -30,7 +30,7 @@ def test_every_objective_runs_on_every_kind_of_input(toys, name, kind, context):
     assert all(value.shape == () and value.isfinite() for value in losses.values())
     idle = {n for n, p in trained(objective).items() if p.grad is None or not p.grad.isfinite().all()}
     # Objectives that never mask tokens inside the encoder have no use for its mask token.
-    assert idle == ({"backbone.mask_token"} if name in ("mae", "dino") else set())
+    assert idle == ({"backbone.mask_token"} if name in ("mae", "simclr", "dino") else set())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,7 +107,7 @@ def test_every_objective_is_registered_with_requests_that_can_be_sent_to_workers
     assert objective.pooling == ("mean" if name == "mae" else "cls")
 
 
-@pytest.mark.parametrize("name", ["dino", "ibot", "dinov2"])
+@pytest.mark.parametrize("name", ["simclr", "dino", "ibot", "dinov2"])
 def test_without_a_class_token_the_mean_of_the_patches_takes_its_place(toys, name, context):
     objective = toys.objective(name, model={"cls_token": False})
     assert objective.pooling == "mean"
@@ -149,5 +149,11 @@ def test_the_view_pipeline_serves_every_objective_with_the_same_masks_at_any_spl
                 if view.mask is not None:
                     assert np.array_equal(view.mask, same.mask)
                     masked += bool(view.mask.any())
-    expected = {"mae": masked == 8, "dino": masked == 0, "ibot": 2 < masked < 14, "dinov2": masked == 8}
+    expected = {
+        "mae": masked == 8,
+        "simclr": masked == 0,
+        "dino": masked == 0,
+        "ibot": 2 < masked < 14,
+        "dinov2": masked == 8,
+    }
     assert expected[name]

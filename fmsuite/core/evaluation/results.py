@@ -1,0 +1,235 @@
+"""Results of a comparison of encoders: what was judged, by what, with every seed and every prediction."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fmsuite.errors import UsageError
+
+RESULTS = "results.json"
+PREDICTIONS = "predictions.json"
+TABLE = "results.csv"
+EPISODES = "episodes.csv"
+FORMAT = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Estimate(Record):
+    """A metric.
+
+    Attributes:
+        mean: over episodes; the value itself where there is one episode.
+        std: standard deviation over episodes (n - 1), ``None`` for one episode.
+        low, high: bounds of the bootstrap interval over groups (patients), ``None`` where there are too few groups.
+    """
+
+    mean: float
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Item(Record):
+    """What is classified: a window, or a bag of windows (slide, patient, scene).
+
+    Attributes:
+        id: readable and unique.
+        label: position in ``Results.classes``.
+        group: what stays on one side of a split: patient, scene.
+        split: the side, where it is fixed.
+        windows: how many windows it has.
+    """
+
+    id: str
+    label: int
+    group: str
+    split: str | None = None
+    windows: int = 1
+
+
+class EncoderFacts(Record):
+    """
+    Attributes:
+        name: unique among the results, and short: it stands in tables.
+        kind: ``encoder`` for what the user gave; ``untrained`` and ``histogram`` are controls.
+        identity: as in the store's attributes.
+        control_of: the encoder that an untrained one is a control of.
+    """
+
+    name: str
+    kind: Literal["encoder", "untrained", "histogram"] = "encoder"
+    identity: str
+    dim: int
+    pooling: str | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    control_of: str | None = None
+
+
+class Episode(Record):
+    """One draw of supports.
+
+    Attributes:
+        seed: what the draw derives from.
+        support: positions in ``Results.items``; ``None`` for the whole training side.
+        metrics: of this episode's queries.
+        predictions: for each item the predicted class, -1 where it was not asked. Kept in ``predictions.json``.
+    """
+
+    seed: int
+    support: list[int] | None = None
+    metrics: dict[str, float]
+    predictions: list[int] = Field(default_factory=list)
+
+
+class Evaluation(Record):
+    """One encoder judged by one method.
+
+    Attributes:
+        encoder: name of one of ``Results.encoders``.
+        method: key in ``Results.methods``.
+        shots: labelled items a class; ``None`` for the whole training side.
+        shuffled: the labels were shuffled: a control, at chance if all is right.
+        settings: the method's options as used (k, regularisation, ...).
+        metrics: by name, as in ``evaluation.metrics``.
+        confusion: rows truth, columns prediction, counts summed over episodes.
+        notes: what was clamped or left out, in sentences.
+    """
+
+    encoder: str
+    method: str
+    shots: int | None = None
+    shuffled: bool = False
+    settings: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, Estimate]
+    confusion: list[list[int]]
+    episodes: list[Episode]
+    notes: list[str] = Field(default_factory=list)
+
+
+class Facts(Record):
+    """How to repeat it.
+
+    Attributes:
+        index_hash: ``SampleIndex.hash`` of the windows.
+        inputs: paths and hashes of what was read (stores, labels), as given.
+    """
+
+    command: list[str]
+    started: str
+    seconds: float
+    seed: int
+    versions: dict[str, str]
+    python: str
+    platform: str
+    index_hash: str
+    inputs: dict[str, str] = Field(default_factory=dict)
+
+
+class Results(Record):
+    """Everything that one ``bench`` or ``fewshot`` found.
+
+    Attributes:
+        unit: what an item is, in the singular: ``tile``, ``slide``, ``patient``, ``scene``, ``drawing``, ``volume``.
+        classes: names, in order of their codes.
+        items: every labelled one, in the order that supports and predictions refer to.
+        split: one sentence on who was trained on and who was asked.
+        methods: method to one sentence on what it is (with its reference).
+        primary: metric that answers the question.
+        interval: one sentence on what the intervals are.
+        notes: sentences for the reader (labels that named nothing, shots that the classes do not allow).
+    """
+
+    format: int = FORMAT
+    kind: Literal["bench", "fewshot"]
+    domain: str
+    unit: str
+    title: str
+    classes: list[str]
+    items: list[Item]
+    split: str
+    encoders: list[EncoderFacts]
+    methods: dict[str, str]
+    primary: str = "balanced_accuracy"
+    interval: str
+    evaluations: list[Evaluation]
+    notes: list[str] = Field(default_factory=list)
+    facts: Facts
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write ``results.json`` (all but the predictions), ``predictions.json``, ``results.csv`` (a line for each
+        metric of each evaluation) and ``episodes.csv`` (a line for each episode); each is whole or as before."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        everything = self.model_dump(mode="json")
+        predictions = []
+        for evaluation in everything["evaluations"]:
+            predictions.append([episode.pop("predictions") for episode in evaluation["episodes"]])
+        _replace(folder / PREDICTIONS, json.dumps(predictions, separators=(",", ":")))
+        metrics, episodes = self._rows()
+        _write_csv(folder / TABLE, metrics)
+        _write_csv(folder / EPISODES, episodes)
+        _replace(folder / RESULTS, json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Results:
+        """
+        Raises:
+            UsageError: if there are no results, or the files are damaged or of a newer version.
+        """
+        folder = Path(folder)
+        try:
+            raw = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            predictions = json.loads((folder / PREDICTIONS).read_text(encoding="utf-8"))
+            if raw.get("format", FORMAT) > FORMAT:
+                raise UsageError(f"{folder}: results of a newer fmsuite.", "Upgrade fmsuite to read them.")
+            for evaluation, rows in zip(raw["evaluations"], predictions, strict=True):
+                for episode, row in zip(evaluation["episodes"], rows, strict=True):
+                    episode["predictions"] = row
+            return cls.model_validate(raw)
+        except OSError as error:
+            raise UsageError(f"{error.filename}: {error.strerror}.", "Is this a folder of results?") from error
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise UsageError(f"{folder}: damaged results ({error}).", "Make them again.") from error
+
+    def _rows(self) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
+        metrics: list[Sequence[Any]] = [
+            ("encoder", "kind", "method", "shots", "shuffled", "metric", "mean", "std", "low", "high", "episodes")
+        ]
+        episodes: list[Sequence[Any]] = [
+            ("encoder", "method", "shots", "shuffled", "episode", "seed", "metric", "value", "support")
+        ]
+        kinds = {encoder.name: encoder.kind for encoder in self.encoders}
+        for e in self.evaluations:
+            shots = "all" if e.shots is None else e.shots
+            for name, estimate in e.metrics.items():
+                values = (estimate.mean, estimate.std, estimate.low, estimate.high, len(e.episodes))
+                metrics.append((e.encoder, kinds[e.encoder], e.method, shots, e.shuffled, name, *values))
+            for number, episode in enumerate(e.episodes):
+                support = "" if episode.support is None else " ".join(self.items[i].id for i in episode.support)
+                for name, value in episode.metrics.items():
+                    where = (e.encoder, e.method, shots, e.shuffled, number, episode.seed)
+                    episodes.append((*where, name, value, support))
+        return metrics, episodes
+
+
+def _write_csv(path: Path, rows: list[Sequence[Any]]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    os.replace(partial, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
