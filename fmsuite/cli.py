@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 import typer
@@ -19,7 +19,10 @@ from rich.table import Table
 from fmsuite import __version__
 from fmsuite.core.training.progress import console as progress_console
 from fmsuite.core.training.progress import console_progress
-from fmsuite.errors import FmsuiteError
+from fmsuite.errors import FmsuiteError, UsageError
+
+if TYPE_CHECKING:
+    from fmsuite.core.evaluation.results import Results
 
 DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -158,8 +161,192 @@ def export(
     _say(f"Written: {run(encoder, out, layout)}")
 
 
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the encoder runs.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows at a time; 64, or as the store was begun.")]
+EncoderName = Annotated[
+    str,
+    typer.Option(
+        "--encoder",
+        "-e",
+        help="A run folder, a file, timm:NAME[@FILE], hf-hub:NAME; controls: untrained:X of any X, histogram.",
+    ),
+]
+
+
+@app.command()
+def embed(
+    encoder: Annotated[
+        str, typer.Option("--encoder", "-e", help="A run folder, a file, timm:NAME[@FILE], hf-hub:NAME.")
+    ],
+    index: Annotated[Path, typer.Option(help="The index of `fmsuite tile`, or a run's index.parquet.")],
+    out: Annotated[Path, typer.Option(help="The feature store, a folder ending in .zarr.")],
+    by: Annotated[
+        Literal["source", "group", "folder"] | None,
+        typer.Option(help="What one group of the store is; source (slide), or folder for single tiles, if absent."),
+    ] = None,
+    pooling: Annotated[
+        Literal["cls", "mean", "cls+mean"] | None, typer.Option(help="In place of the encoder's own convention.")
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="Use only these of the encoder's channels, separated by commas.")
+    ] = None,
+    batch_size: BatchSize = None,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes that read ahead; -1 chooses.")] = -1,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a store of another encoder or index.")
+    ] = False,
+    strict: Strict = False,
+) -> None:
+    """Features of every window, in a Zarr store. Run again, it does what is missing."""
+    from fmsuite.commands.embed import embed as run
+
+    result = run(
+        encoder,
+        index,
+        out,
+        by=by,
+        pooling=pooling,
+        channels=channels.split(",") if channels else None,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        overwrite=overwrite,
+        strict=strict,
+        progress=console_progress,
+        command=sys.argv,
+    )
+    _say(f"{result.windows} windows in {result.groups} groups: {result.path}")
+    _finish(result.skipped)
+
+
+Shots = Annotated[str, typer.Option(help="Labelled items a class, separated by commas.")]
+Seed = Annotated[int, typer.Option(help="The same seed draws the same episodes.")]
+
+
+@app.command()
+def fewshot(
+    features: Annotated[
+        list[Path], typer.Option("--features", "-f", help="A feature store; repeat to compare several.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV of slides and their labels; what the index says, if absent.")
+    ] = None,
+    path_column: Annotated[str | None, typer.Option(help="Its column that names the slide.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Its column of classes.")] = None,
+    patient_column: Annotated[str | None, typer.Option(help="Its column of patients.")] = None,
+    split_column: Annotated[str | None, typer.Option(help="Its column of sides, train and test.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Repeatable; all if absent. See `fmsuite list methods`.")
+    ] = None,
+    shots: Shots = "1,2,4,8,16,32",
+    episodes: Annotated[int, typer.Option(min=1, help="Draws of supports for each number of shots.")] = 100,
+    k: Annotated[int, typer.Option("--k", min=1, help="Nearest tiles for each prototype (MI-SimpleShot).")] = 5,
+    seed: Seed = 0,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled/--no-shuffled", help="Also judge shuffled labels, which must be at chance.")
+    ] = True,
+    evidence: Annotated[int, typer.Option(min=0, help="Slides shown with their heatmap and top tiles.")] = 6,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html beside the results.")] = True,
+    strict: Strict = False,
+) -> None:
+    """Classify slides (patients, scenes) from a handful of labelled ones, with one or several encoders."""
+    from fmsuite.commands.fewshot import fewshot as run
+
+    compared = run(
+        features,
+        out,
+        labels=labels,
+        path_column=path_column,
+        label_column=label_column,
+        patient_column=patient_column,
+        split_column=split_column,
+        methods=method or ["all"],
+        shots=_numbers(shots, "--shots"),
+        episodes=episodes,
+        k=k,
+        seed=seed,
+        shuffled=shuffled,
+        evidence=evidence,
+        strict=strict,
+        progress=console_progress,
+        command=sys.argv,
+    )
+    _show_results(compared.results)
+    _reported(compared.out, report)
+    _finish(compared.skipped)
+
+
+@app.command()
+def bench(
+    domain: DomainName,
+    encoder: Annotated[list[str], typer.Option("--encoder", "-e", help="As for `embed`; repeat to compare several.")],
+    out: Annotated[Path, typer.Option(help="Folder for features, results and the report.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="Labelled files, folders or one index.parquet; without it, example data."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Cut the windows that this recipe trains on.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Repeatable; all if absent. See `fmsuite list tasks`.")
+    ] = None,
+    shots: Shots = "1,2,4,8,16,32",
+    episodes: Annotated[int, typer.Option(min=1, help="Draws of supports for each number of shots.")] = 200,
+    seed: Seed = 0,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls/--no-controls", help="Also judge untrained networks, a histogram, shuffled labels."),
+    ] = True,
+    batch_size: BatchSize = None,
+    workers: Annotated[int, typer.Option(min=-1, help="Processes that read ahead; -1 chooses.")] = -1,
+    device: Device = "auto",
+    mpp: Mpp = None,
+    overrides: Overrides = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html beside the results.")] = True,
+    strict: Strict = False,
+) -> None:
+    """Judge encoders on labelled windows, beside controls that they must beat."""
+    from fmsuite.commands.bench import bench as run
+
+    compared = run(
+        domain,
+        encoder,
+        data or [],
+        out,
+        tasks=task or ["all"],
+        shots=_numbers(shots, "--shots"),
+        episodes=episodes,
+        seed=seed,
+        controls=controls,
+        recipe=recipe,
+        overrides=_with_mpp(overrides, mpp, "data."),
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        strict=strict,
+        progress=console_progress,
+        command=sys.argv,
+    )
+    _show_results(compared.results)
+    _reported(compared.out, report)
+    _finish(compared.skipped)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of pretrain, fewshot or bench.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Its heading.")] = None,
+) -> None:
+    """One self-contained HTML page from any results."""
+    from fmsuite.commands.report import report as run
+
+    _say(f"Report: {run(folders, out, title)}")
+
+
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="recipes, objectives, models or domains.")]) -> None:
+def list_(what: Annotated[str, typer.Argument(help="recipes, objectives, models, domains, methods or tasks.")]) -> None:
     """Show what there is to choose from."""
     from fmsuite.commands.catalogue import catalogue
 
@@ -186,6 +373,33 @@ def example_data(
 def _with_mpp(overrides: list[str] | None, mpp: float | None, prefix: str) -> list[str]:
     items = list(overrides or [])
     return items if mpp is None else [*items, f"{prefix}mpp_override={mpp}"]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UsageError(f"{option} '{text}' is no list of numbers.", "Write it as 1,2,4,8.") from None
+
+
+def _show_results(results: Results) -> None:
+    """The primary metric of every evaluation, as a table."""
+    table = Table("encoder", "method", "shots", results.primary.replace("_", " "), box=None, pad_edge=False)
+    for e in results.evaluations:
+        value = e.metrics[results.primary]
+        interval = "" if value.low is None or value.high is None else f" ({value.low:.3f}-{value.high:.3f})"
+        method = f"{e.method}, shuffled labels" if e.shuffled else e.method
+        shots = "all" if e.shots is None else str(e.shots)
+        table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}")
+    out_console.print(table)
+
+
+def _reported(folder: Path, wanted: bool) -> None:
+    from fmsuite.commands.report import report as write
+
+    if wanted:
+        _say(f"Report: {write([folder], folder / 'report.html')}")
+    _say(f"Results: {folder / 'results.json'}")
 
 
 def _say(text: str) -> None:

@@ -12,8 +12,10 @@ from pydantic import BaseModel
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
 from fmsuite.configs import Recipe, load_recipe
 from fmsuite.core.config import RunConfig, apply_overrides, parse_run, validate
+from fmsuite.core.controls import untrained
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.objectives.base import find_objective
 from fmsuite.domains.base import Domain, Progress, domain_names, load_domain, no_progress
 from fmsuite.errors import UsageError
@@ -90,6 +92,20 @@ def read_run_config(path: Path) -> RunConfig:
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read ({error}).", "Is this a run folder of `fmsuite pretrain`?") from error
     return parse(raw, str(path))
+
+
+UNTRAINED = "untrained:"
+"""Before the name of an encoder: the same network with fresh weights, a control."""
+
+
+def open_encoder(what: str, *, channels: Sequence[str] | None = None, pooling: str | None = None) -> Encoder:
+    """An encoder, or the untrained control of one (``untrained:WHAT``).
+
+    Raises:
+        UsageError, FmsuiteError: as ``load_encoder``.
+    """
+    trained = load_encoder(what.removeprefix(UNTRAINED), channels=channels, pooling=pooling)
+    return untrained(trained) if what.startswith(UNTRAINED) else trained
 
 
 def parts_of(index: Path) -> Path:

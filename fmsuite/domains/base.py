@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +33,23 @@ class DomainOptions(BaseModel):
     """Base of a domain's ``data:`` options; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A picture of a whole source, placed in the source's own finest coordinates (those of ``Window.position``).
+
+    Pixel (i, j) covers ``origin + (i, j) * pitch`` to ``origin + (i + 1, j + 1) * pitch``.
+
+    Attributes:
+        rgb: (H, W, 3) uint8.
+        origin: (y, x) of the picture's corner.
+        pitch: (y, x) length of one pixel, positive.
+    """
+
+    rgb: np.ndarray
+    origin: tuple[float, float]
+    pitch: tuple[float, float]
 
 
 class Domain(ABC):
@@ -100,6 +118,15 @@ class Domain(ABC):
             UsageError: if the domain has none.
         """
         raise UsageError(f"The domain '{self.name}' draws no preview.")
+
+    def overview(self, index: SampleIndex, source: str) -> Overview:
+        """A picture of one source of the index, on which all of its windows can be placed by (y, x).
+
+        Raises:
+            UsageError: if the domain has none, or the source is not in the index.
+            ReadFailure: if the source cannot be read any more.
+        """
+        raise UsageError(f"The domain '{self.name}' draws no overview of a source.")
 
 
 def domain_names() -> list[str]:

@@ -17,7 +17,8 @@ from fmsuite.core.data.pipeline import IMAGE, NoAugmentation, ViewPipeline, Wind
 from fmsuite.core.data.sample import ArraySample
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
-from fmsuite.core.evaluation.knn import balanced_accuracy, knn_predict
+from fmsuite.core.evaluation.knn import knn_predict
+from fmsuite.core.evaluation.metrics import balanced_accuracy
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.core.objectives.mae import MAE, MAEConfig
 from fmsuite.core.training.config import MonitorConfig, OptimConfig, TrainingConfig

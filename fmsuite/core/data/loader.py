@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fmsuite.core.data.pipeline import WindowDataset, collate
-from fmsuite.core.data.sample import Batch, SampleKey
+from fmsuite.core.data.pipeline import WholeWindows, WindowDataset, collate
+from fmsuite.core.data.sample import Batch, SampleKey, SkippedWindow
 from fmsuite.core.seeding import derive, permuted
 from fmsuite.errors import FmsuiteError, UsageError
 
+Loaded = TypeVar("Loaded")
+
 MAX_WORKERS = 16
+_DEATH_NOTICE_S = 5.0
+WORKERS_ADVICE = "Use fewer with --workers N; with --workers 0, an error in the reader shows where it happens."
 
 
 class SampleStream:
@@ -83,21 +90,54 @@ def make_loader(
     Raises:
         FmsuiteError: while iterating, as ``WindowDataset`` does, or if a worker dies.
     """
+    return _loader(
+        partial(_collated, dataset),
+        _StepSampler(stream, start_step, total_steps),
+        workers,
+        derive(stream.seed, "loader"),
+        "Use fewer with --set training.workers=N; with training.workers=0, an error in the reader shows where it "
+        "happens.",
+    )
+
+
+def load_windows(
+    windows: WholeWindows, batches: Iterable[Sequence[int]], workers: int
+) -> Generator[tuple[Batch | None, list[SkippedWindow]], None, None]:
+    """The windows of one list of rows after another, read ahead in worker processes.
+
+    Args:
+        windows: reads them.
+        batches: rows of the index, a list for each batch.
+        workers: processes that read ahead; 0 reads in this one.
+
+    Returns:
+        For each list, in order, what ``WholeWindows`` makes of it. Closing the generator ends its workers.
+
+    Raises:
+        FmsuiteError: while iterating, if a worker dies.
+    """
+    return iter(_loader(windows.__getitem__, batches, workers, 0, WORKERS_ADVICE))
+
+
+def _loader(
+    read: Callable[[Any], Loaded], units: Iterable[Any], workers: int, seed: int, advice: str
+) -> _Batches[Loaded]:
     generator = torch.Generator()
     # Without a generator of its own, the loader would draw from torch's global one.
-    generator.manual_seed(derive(stream.seed, "loader"))
+    generator.manual_seed(seed)
     return _Batches(
         DataLoader(
-            _BatchDataset(dataset),
+            _BatchDataset(read),
             batch_size=None,
-            sampler=_StepSampler(stream, start_step, total_steps),
+            sampler=units,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
             generator=generator,
-        )
+        ),
+        advice,
     )
 
 
@@ -135,38 +175,62 @@ class _Failed:
         self.hint = hint
 
 
-class _BatchDataset(Dataset):
-    def __init__(self, samples: WindowDataset) -> None:
-        self.samples = samples
+def _collated(samples: WindowDataset, keys: list[SampleKey]) -> Batch:
+    return collate([samples[key] for key in keys])
 
-    def __getitem__(self, keys: list[SampleKey]) -> Batch | _Failed:
+
+class _BatchDataset(Dataset):
+    """Makes one batch of one unit of work; an error that users can act on becomes a value."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
+
+    def __getitem__(self, unit: Any) -> Any:
         try:
-            return collate([self.samples[key] for key in keys])
+            return self.read(unit)
         except FmsuiteError as error:
             return _Failed(error.message, error.hint)
 
 
-class _Batches:
-    def __init__(self, loader: DataLoader) -> None:
+class _Batches(Generic[Loaded]):
+    def __init__(self, loader: DataLoader, advice: str) -> None:
         self.loader = loader
+        self.advice = advice
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Batch]:
-        try:
-            for batch in self.loader:
-                if isinstance(batch, _Failed):
-                    raise FmsuiteError(batch.message, batch.hint)
-                yield batch
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader worker (pid"):
-                raise FmsuiteError(
-                    f"A data worker died ({str(error).splitlines()[0]}), most often because memory ran out.",
-                    "Use fewer with --set training.workers=N; with training.workers=0, an error in the reader shows "
-                    "where it happens.",
-                ) from error
+    def __iter__(self) -> Generator[Loaded, None, None]:
+        with explained_deaths(self.advice):
+            try:
+                for batch in self.loader:
+                    if isinstance(batch, _Failed):
+                        raise FmsuiteError(batch.message, batch.hint)
+                    yield batch
+            except (EOFError, ConnectionError, FileNotFoundError):
+                # What a worker that dies while it hands over a batch leaves behind. torch's own error about its death
+                # is on the way: left alone, it would come up in whatever code runs then.
+                if self.loader.num_workers:
+                    time.sleep(_DEATH_NOTICE_S)
+                raise
+
+
+@contextmanager
+def explained_deaths(advice: str) -> Iterator[None]:
+    """Says what to do when a worker dies. torch notices in a signal handler, so the error may come up anywhere in the
+    code that uses the batches, not only where it waits for one.
+
+    Raises:
+        FmsuiteError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
+        raise FmsuiteError(
+            f"A data worker died ({str(error).splitlines()[0]}), most often because memory ran out.", advice
+        ) from error
 
 
 def _as_it_is(value: Any) -> Any:

@@ -366,6 +366,57 @@ def _edge_padded(values: Array, length: int) -> Array:
     return np.pad(values, (0, length - len(values)), mode="edge")
 
 
+class WholeWindows(Dataset):
+    """Whole windows, resized and not augmented, under the view name ``IMAGE``: for probes, pictures and embedding.
+
+    Args:
+        index, reader, spec: the windows, their reader and the input that it yields.
+        size: the model's size: one number for all spatial axes, or one for each axis; ignored for bags.
+        grid: pads axes that are not spatial to whole patches, where it spans several samples along them.
+    """
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        reader: Reader,
+        spec: InputSpec,
+        size: int | tuple[int, ...],
+        grid: PatchGrid | None = None,
+    ) -> None:
+        self.index = index
+        self.reader = reader
+        request = ViewRequest(IMAGE, () if spec.bag else spec.expand(size), augment="none")
+        self.pipeline = ViewPipeline([request], NoAugmentation(), grid, spec.axes, seed=0)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def item(self, row: int) -> Item | SkippedWindow:
+        """One window, or why it cannot be read. Any other exception is a bug and passes through, with the window in a
+        note."""
+        window = self.index[row]
+        try:
+            views = self.pipeline(self.reader.read(window), SampleKey(0, row))
+        except ReadFailure as failure:
+            return SkippedWindow(failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip(), row)
+        except Exception as error:
+            error.add_note(f"This happened in row {row} of the index: {window.source} at {window.position}.")
+            raise
+        return Item(views, row, self.index.label_code(row))
+
+    def __getitem__(self, rows: Sequence[int]) -> tuple[Batch | None, list[SkippedWindow]]:
+        """The windows of ``rows`` that can be read, in that order (``None`` if there are none), and the others."""
+        items: list[Item] = []
+        skipped: list[SkippedWindow] = []
+        for row in map(int, rows):
+            item = self.item(row)
+            if isinstance(item, Item):
+                items.append(item)
+            else:
+                skipped.append(item)
+        return (collate(items) if items else None), skipped
+
+
 def plain_views(
     index: SampleIndex,
     reader: Reader,
@@ -375,34 +426,29 @@ def plain_views(
     batch_size: int = 32,
     grid: PatchGrid | None = None,
 ) -> Iterator[Batch]:
-    """Whole windows, resized and not augmented, in the order of ``rows``, under the view name ``IMAGE``.
+    """``WholeWindows`` in the order of ``rows``, in batches of ``batch_size`` readable ones, read in this process.
 
     A window that cannot be read is left out, and reported in the ``skipped`` of the batch that it would have been in
     (of the last one, if nothing readable follows).
 
     Args:
-        index, reader, spec: the windows, their reader and the input that it yields.
+        index, reader, spec, size, grid: as in ``WholeWindows``.
         rows: which windows.
-        size: the model's size: one number for all spatial axes, or one for each axis; ignored for bags.
         batch_size: largest number of samples at a time.
-        grid: pads axes that are not spatial to whole patches, where it spans several samples along them.
 
     Raises:
         FmsuiteError: if not one of the windows can be read.
     """
-    request = ViewRequest(IMAGE, () if spec.bag else spec.expand(size), augment="none")
-    pipeline = ViewPipeline([request], NoAugmentation(), grid, spec.axes, seed=0)
+    windows = WholeWindows(index, reader, spec, size, grid)
     waiting: Batch | None = None
     items: list[Item] = []
     skipped: list[SkippedWindow] = []
     for row in map(int, rows):
-        window = index[row]
-        try:
-            views = pipeline(reader.read(window), SampleKey(0, row))
-        except ReadFailure as failure:
-            skipped.append(SkippedWindow(failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip(), row))
+        item = windows.item(row)
+        if isinstance(item, SkippedWindow):
+            skipped.append(item)
             continue
-        items.append(Item(views, row, index.label_code(row), skipped))
+        items.append(with_changes(item, skipped=skipped))
         skipped = []
         if len(items) == batch_size:
             if waiting is not None:

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of frozen features, and balanced accuracy."""
+"""k-nearest-neighbour classification of frozen features."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from fmsuite.errors import UsageError
 _CHUNK_VALUES = 1 << 25
 
 
-def knn_predict(
+def knn_scores(
     support: Tensor,
     support_labels: Tensor,
     queries: Tensor,
     k: int = 20,
     *,
+    classes: int | None = None,
     temperature: float | None = 0.07,
     metric: Literal["cosine", "euclidean"] = "cosine",
     support_groups: Tensor | None = None,
     query_groups: Tensor | None = None,
     balance: bool = False,
 ) -> Tensor:
-    """The class with the most votes among the k nearest supports of each query.
+    """The share of the votes of the k nearest supports of each query that each class gets.
 
     With a temperature T, a neighbour of cosine similarity s votes with weight exp(s / T) (Wu et al. 2018, section 3.4;
-    DINO's protocol has T = 0.07). Without one, each votes once (the 20-NN of the pathology benchmarks). Equal votes go
-    to the smallest label. Distances are matrix products over chunks of queries.
+    DINO's protocol has T = 0.07). Without one, each votes once (the 20-NN of the pathology benchmarks). Distances are
+    matrix products over chunks of queries.
 
     Args:
         support: (S, D). support_labels: (S,) int64, not negative.
         queries: (Q, D).
         k: neighbours; all supports if there are fewer.
+        classes: columns of the answer; one more than the largest label by default.
         temperature: needs the cosine metric.
         support_groups, query_groups: (S,), (Q,) int64; neighbours of a query's own group are passed over.
         balance: a vote counts in inverse proportion to the supports of its class that the query may ask. Passing over
@@ -42,10 +44,11 @@ def knn_predict(
             would score below chance where groups are few.
 
     Returns:
-        (Q,) int64.
+        (Q, classes) float32, rows summing to 1.
 
     Raises:
-        UsageError: without supports, with k < 1, or if all supports of a query are of its own group.
+        UsageError: without supports, with k < 1, with a label beyond ``classes``, or if all supports of a query are of
+            its own group.
     """
     if len(support) == 0 or k < 1:
         raise UsageError(f"kNN needs k of at least 1 and labelled features to vote (k = {k}, {len(support)} features).")
@@ -57,9 +60,13 @@ def knn_predict(
     if metric == "cosine":
         support, queries = F.normalize(support, dim=1), F.normalize(queries, dim=1)
     k = min(k, len(support))
-    classes = int(support_labels.max()) + 1
+    largest = int(support_labels.max())
+    if classes is None:
+        classes = largest + 1
+    elif largest >= classes:
+        raise UsageError(f"A support is labelled {largest}, but there are {classes} classes, counted from 0.")
     rows = max(1, _CHUNK_VALUES // len(support))
-    predicted = []
+    shares = []
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows]
         closeness = chunk @ support.T
@@ -83,15 +90,37 @@ def knn_predict(
         if balance:
             members = available.to(torch.float32) @ F.one_hot(support_labels, classes).to(torch.float32)
             votes = votes / members.clamp(min=1)
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted) if predicted else torch.empty(0, dtype=torch.int64, device=queries.device)
+        shares.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(shares) if shares else torch.empty(0, classes, device=queries.device)
 
 
-def balanced_accuracy(predicted: Tensor, target: Tensor) -> float:
-    """The mean over the classes in ``target`` of the share of their members that are predicted right.
+def knn_predict(
+    support: Tensor,
+    support_labels: Tensor,
+    queries: Tensor,
+    k: int = 20,
+    *,
+    temperature: float | None = 0.07,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+    support_groups: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    balance: bool = False,
+) -> Tensor:
+    """The class with the most votes among the k nearest supports of each query: the largest of ``knn_scores``, whose
+    arguments and errors these are. Equal votes go to the smallest label.
 
-    Args:
-        predicted, target: (N,) int64, N >= 1.
+    Returns:
+        (Q,) int64.
     """
-    recalls = [(predicted[target == label] == label).double().mean() for label in target.unique()]
-    return torch.stack(recalls).mean().item()
+    scores = knn_scores(
+        support,
+        support_labels,
+        queries,
+        k,
+        temperature=temperature,
+        metric=metric,
+        support_groups=support_groups,
+        query_groups=query_groups,
+        balance=balance,
+    )
+    return scores.argmax(1)

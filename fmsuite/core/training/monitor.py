@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fmsuite.core.data.sample import Batch, View
-from fmsuite.core.evaluation.knn import balanced_accuracy, knn_predict
+from fmsuite.core.evaluation.knn import knn_predict
+from fmsuite.core.evaluation.metrics import balanced_accuracy
 from fmsuite.core.evaluation.rank import STD_FLOOR, collapse_warning, feature_std, rankme
 from fmsuite.core.objectives.base import Objective
 from fmsuite.errors import UsageError

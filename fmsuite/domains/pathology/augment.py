@@ -100,6 +100,12 @@ class StainedTissueAugmentation:
             for probability in blur
         )
 
+    @classmethod
+    def jittered(cls, factor: float, greyscale: float = 0.0) -> StainedTissueAugmentation:
+        """The default ranges of stain, brightness, contrast and saturation, times a factor; factors of brightness
+        and the like stay above 0.1."""
+        return cls(0.15 * factor, 0.02 * factor, min(0.1 * factor, 0.9), greyscale=greyscale)
+
     def before_crop(self, sample: Sample, strength: str, generator: np.random.Generator) -> Sample:
         return sample
 

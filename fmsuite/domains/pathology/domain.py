@@ -14,11 +14,11 @@ import pyarrow as pa
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec, rgb_channels
-from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, no_progress
 from fmsuite.domains.pathology.augment import StainedTissueAugmentation
 from fmsuite.domains.pathology.example import make_example
-from fmsuite.domains.pathology.options import PathologyOptions
-from fmsuite.domains.pathology.pictures import draw_previews
+from fmsuite.domains.pathology.options import AUGMENTATION, PathologyOptions
+from fmsuite.domains.pathology.pictures import draw_overview, draw_previews
 from fmsuite.domains.pathology.reading import SlideReader
 from fmsuite.domains.pathology.windows import SOURCE_FACTS_LIMIT, rows_of_files
 from fmsuite.errors import UsageError
@@ -34,7 +34,7 @@ class PathologyDomain(Domain):
     name: ClassVar[str] = "pathology"
     title: ClassVar[str] = "Whole-slide images (SVS, NDPI, MRXS, SCN, BIF, TIFF, OME-TIFF, DICOM) and tile images"
     Options: ClassVar[type[DomainOptions]] = PathologyOptions
-    default_recipe: ClassVar[str] = "pathology-mae"
+    default_recipe: ClassVar[str] = "pathology-simclr"
     options: PathologyOptions
 
     def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
@@ -44,14 +44,15 @@ class PathologyDomain(Domain):
         tables: list[pa.Table] = []
         facts: dict[str, dict[str, Any]] = {}
         shown = progress(files, len(files), "Tiling slides")
-        parts = PartStore(self.parts, options.model_dump(mode="json"))
+        recorded = options.model_dump(mode="json", exclude=set(AUGMENTATION))
+        parts = PartStore(self.parts, recorded)
         for rows in rows_of_files(shown, labels, options, skipped, parts):
             tables.append(rows.table)
             if len(facts) < SOURCE_FACTS_LIMIT:
                 facts[rows.table.column("source")[0].as_py()] = rows.facts
         metadata: dict[str, Any] = {
             "domain": self.name,
-            "options": options.model_dump(mode="json"),
+            "options": recorded,
             "versions": {
                 "fmsuite": version("fmsuite"),
                 "openslide": openslide.__library_version__,
@@ -85,7 +86,7 @@ class PathologyDomain(Domain):
         return SlideReader((height, width))
 
     def augmentation(self, spec: InputSpec) -> StainedTissueAugmentation:
-        return StainedTissueAugmentation()
+        return StainedTissueAugmentation.jittered(self.options.stain_jitter, self.options.greyscale)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         if values.ndim != 3 or values.shape[0] != 3:
@@ -97,6 +98,9 @@ class PathologyDomain(Domain):
 
     def preview(self, index: SampleIndex, folder: Path) -> list[Path]:
         return draw_previews(index, folder, self.options)
+
+    def overview(self, index: SampleIndex, source: str) -> Overview:
+        return draw_overview(index, source, self.options)
 
 
 def _all_scaled(facts: dict[str, dict[str, Any]]) -> bool:

@@ -20,9 +20,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from fmsuite.core.seeding import generator
 
 LABELS = ("glandular", "solid")
-VERSION = 6
+VERSION = 7
 _MPP = 0.4942
-_PAIR_SPLIT = ("train", "train", "train", "test", "test")
+_PAIR_SPLIT = ("train",) * 4 + ("test",) * 4
+_PENS = {1: (30, 60, 170), 5: (20, 130, 90)}
+_DARK_EDGES = (2, 6)
 _LUMEN_SHARE = 0.10
 _AREA_PER_NUCLEUS = 100.0
 _LUMEN_RADIUS = (10.0, 19.0)
@@ -43,8 +45,8 @@ class _Look:
     dark_edge: bool
 
 
-def make_example(folder: Path, seed: int = 0, side_um: float = 1500.0) -> Path:
-    """Ten pyramidal TIFF slides of about 3000 x 3000 pixels at 0.4942 um per pixel, with ``labels.csv``.
+def make_example(folder: Path, seed: int = 0, side_um: float = 1200.0) -> Path:
+    """Sixteen pyramidal TIFF slides of about 2400 x 2400 pixels at 0.4942 um per pixel, with ``labels.csv``.
 
     A folder that already holds the example of this seed is left as it is.
 
@@ -125,15 +127,15 @@ def _look(number: int, seed: int) -> _Look:
     """Stains and glass vary from slide to slide, whatever the class; artefacts are a pair's."""
     rng = generator(seed, "pathology example", "look", number)
     pair = number // 2
-    # Far less than within a slide: among ten slides, any trait of a whole slide would by accident favour one class.
+    # Far less than within a slide: among few slides, any trait of a whole slide would by accident favour one class.
     strength = rng.uniform(0.995, 1.005, 2)
     return _Look(
         mpp=_MPP,
         haematoxylin=np.array([0.85, 0.95, 0.42]) * strength[0],
         eosin=np.array([0.10, 0.62, 0.30]) * strength[1],
         glass=rng.uniform(241.5, 242.5) + rng.uniform(-0.3, 0.3, 3),
-        pen=((30, 60, 170), (20, 130, 90))[pair // 2] if pair in (1, 3) else None,
-        dark_edge=pair == 2,
+        pen=_PENS.get(pair),
+        dark_edge=pair in _DARK_EDGES,
     )
 
 

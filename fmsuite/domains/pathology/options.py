@@ -10,6 +10,9 @@ from fmsuite.tiling.grid import Edges
 from fmsuite.tiling.labels import LabelOptions
 from fmsuite.tiling.tissue import TissueConfig
 
+AUGMENTATION = frozenset({"stain_jitter", "greyscale"})
+"""Options that decide nothing about windows: an index made with other values of them serves as well."""
+
 
 class PathologyOptions(DomainOptions, LabelOptions):
     """How slides become windows, and what is known about the slides (``LabelOptions``; a group is a patient).
@@ -27,6 +30,10 @@ class PathologyOptions(DomainOptions, LabelOptions):
         thumbnail_mpp: resolution at which tissue is looked for, um per pixel.
         tissue: thresholds of the tissue mask.
         suffixes: files that are looked for in folders.
+        stain_jitter: how far ``augment: strong`` changes stain, brightness, contrast and saturation, as a multiple of
+            the default ranges. Contrastive objectives on few slides need 2 or more, or they match windows by their
+            stain; where colour tells classes apart, less keeps more of it.
+        greyscale: probability that ``augment: strong`` drops colour altogether.
         largest_tile: a TIFF without pyramid up to this many pixels wide and high, which OpenSlide does not know as a
             slide, is a tile image.
     """
@@ -43,6 +50,8 @@ class PathologyOptions(DomainOptions, LabelOptions):
     thumbnail_mpp: float = Field(default=8.0, gt=0)
     tissue: TissueConfig = TissueConfig()
     suffixes: tuple[str, ...] = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
+    stain_jitter: float = Field(default=1.0, ge=0, le=5)
+    greyscale: float = Field(default=0.0, ge=0, le=1)
     largest_tile: int = Field(default=2048, ge=1)
 
     @field_validator("suffixes")

@@ -1,4 +1,4 @@
-"""Previews: every slide with its tissue and windows, tile images on contact sheets."""
+"""Previews: every slide with its tissue and windows, tile images on contact sheets; and pictures of whole sources."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.domains.base import Overview
 from fmsuite.domains.pathology.options import PathologyOptions
-from fmsuite.domains.pathology.reading import read_region
-from fmsuite.domains.pathology.slides import PixelSource, open_source
+from fmsuite.domains.pathology.reading import read_region, read_thumbnail, thumbnail_pitch
+from fmsuite.domains.pathology.slides import PixelSource, open_source, true_mpp
 from fmsuite.domains.pathology.tiff import TiffSource
 from fmsuite.domains.pathology.tiles import ImageSource
 from fmsuite.domains.pathology.windows import look_at_slide
@@ -33,8 +34,7 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
     """
     if not len(index):
         raise UsageError("The index has no windows, so there is nothing to draw.")
-    if "options" in index.metadata:
-        options = PathologyOptions.model_validate(index.metadata["options"])
+    options = _made_with(index, options)
     folder.mkdir(parents=True, exist_ok=True)
     facts = index.metadata.get("sources", {})
     written: list[Path] = []
@@ -48,7 +48,7 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
         try:
             source = open_source(path)
             try:
-                if isinstance(source, ImageSource) or (isinstance(source, TiffSource) and _one_tile(source, options)):
+                if _is_tile(source, options):
                     images.append(path)
                     continue
                 look = look_at_slide(source, options)
@@ -80,6 +80,32 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
     return written
 
 
+def draw_overview(index: SampleIndex, path: str, options: PathologyOptions) -> Overview:
+    """The thumbnail in which a slide's tissue was looked for; of a tile image, the image itself.
+
+    Raises:
+        UsageError: if the index has no such source.
+        ReadFailure: if it cannot be read any more.
+    """
+    if path not in index.sources:
+        raise UsageError(f"{path}: not a source of this index.")
+    options = _made_with(index, options)
+    source = open_source(path)
+    try:
+        # Tile images need no resolution, and the fallback takes those of up to 1024 pixels as they are.
+        mpp = None if _is_tile(source, options) else true_mpp(source, options.mpp_override)
+        pitch = thumbnail_pitch(source, mpp, options.thumbnail_mpp)
+    finally:
+        source.close()
+    thumbnail = read_thumbnail(path, pitch)
+    return Overview(thumbnail.rgb, thumbnail.origin, thumbnail.pitch)
+
+
+def _made_with(index: SampleIndex, options: PathologyOptions) -> PathologyOptions:
+    """The options of the index, or the given ones for an index that carries none."""
+    return PathologyOptions.model_validate(index.metadata["options"]) if "options" in index.metadata else options
+
+
 def _sheet(images: list[str], options: PathologyOptions) -> Image.Image:
     pictures, captions = [], []
     for path in (images[place] for place in spread_rows(len(images), SHEET)):
@@ -96,5 +122,8 @@ def _sheet(images: list[str], options: PathologyOptions) -> Image.Image:
     return contact_sheet(pictures, captions)
 
 
-def _one_tile(source: PixelSource, options: PathologyOptions) -> bool:
-    return len(source.levels) == 1 and max(source.levels[0].shape) <= options.largest_tile
+def _is_tile(source: PixelSource, options: PathologyOptions) -> bool:
+    if isinstance(source, ImageSource):
+        return True
+    small = len(source.levels) == 1 and max(source.levels[0].shape) <= options.largest_tile
+    return isinstance(source, TiffSource) and small

@@ -11,7 +11,7 @@ import numpy as np
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, no_progress
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
 from fmsuite.domains.remote_sensing.indexing import build_index, reader_of
@@ -101,23 +101,33 @@ class RemoteSensingDomain(Domain):
         Raises:
             ReadFailure: if a source can no longer be read.
         """
-        options, spec = _options_of(index), self.input_spec(index)
-        flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
         folder.mkdir(parents=True, exist_ok=True)
         pictures: list[Path] = []
         for number, windows in enumerate(windows_by_source(index)):
-            raster = open_raster(windows.first.source, options)
-            try:
-                values = raster.overview(spec.channel_names, PREVIEW_SIZE, options)
-                shrink = np.array([raster.height / values.shape[1], raster.width / values.shape[2]])
-            finally:
-                raster.close()
-            rgb = draw(values, flat, options.nodata)
-            starts, extent = windows.positions[:, -2:] / shrink, np.array(windows.first.extent[-2:]) / shrink
+            view = self._quicklook(index, windows.first.source)
+            pitch = np.array(view.pitch)
+            starts, extent = windows.positions[:, -2:] / pitch, np.array(windows.first.extent[-2:]) / pitch
             path = picture_path(folder, number, windows.first.group)
-            draw_windows(rgb, starts, extent, longest=max(rgb.shape)).save(path)
+            draw_windows(view.rgb, starts, extent, longest=max(view.rgb.shape)).save(path)
             pictures.append(path)
         return pictures
+
+    def overview(self, index: SampleIndex, source: str) -> Overview:
+        """The raster reduced to ``PREVIEW_SIZE``; of a series, its first date."""
+        if source not in index.sources:
+            raise UsageError(f"{source}: not a source of this index.")
+        return self._quicklook(index, source)
+
+    def _quicklook(self, index: SampleIndex, source: str) -> Overview:
+        options, spec = _options_of(index), self.input_spec(index)
+        flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
+        raster = open_raster(source, options)
+        try:
+            values = raster.overview(spec.channel_names, PREVIEW_SIZE, options)
+            pitch = (raster.height / values.shape[1], raster.width / values.shape[2])
+        finally:
+            raster.close()
+        return Overview(draw(values, flat, options.nodata), (0.0, 0.0), pitch)
 
 
 def _options_of(index: SampleIndex) -> RemoteSensingOptions:

@@ -20,7 +20,7 @@ from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec, rgb_channels
-from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, no_progress
 from fmsuite.domains.svg.augmentation import SvgAugmentation
 from fmsuite.domains.svg.example import write_example
 from fmsuite.domains.svg.render import Rgba, colour
@@ -36,6 +36,7 @@ from fmsuite.tiling.table import spread_rows
 SUFFIXES = (".svg", ".svgz")
 SHEET_DRAWINGS = 144
 SHEET_TILE = 96
+OVERVIEW_SIZE = 512
 SHEET_COLOUR = (128, 128, 128)
 """Between the drawings, most of which are on white."""
 
@@ -205,3 +206,15 @@ class SvgDomain(Domain):
         path = folder / "contact_sheet.png"
         contact_sheet(pictures, None, columns, SHEET_TILE + 4, SHEET_COLOUR).save(path)
         return [path]
+
+    def overview(self, index: SampleIndex, source: str) -> Overview:
+        """The drawing's square window, rendered at ``OVERVIEW_SIZE``."""
+        rows = index.where("source", source)
+        if len(rows) == 0:
+            raise UsageError(f"{source}: not a source of this index.")
+        window = rows[0]
+        sample = self.reader(index).read(window)
+        drawn = sample.crop((0.0, 0.0), sample.size, (OVERVIEW_SIZE, OVERVIEW_SIZE))
+        down, across = (length / OVERVIEW_SIZE for length in window.extent)
+        top, left = window.position
+        return Overview(np.ascontiguousarray(drawn.values.transpose(1, 2, 0)), (top, left), (down, across))

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from fmsuite.core.evaluation import knn
-from fmsuite.core.evaluation.knn import balanced_accuracy, knn_predict
+from fmsuite.core.evaluation.knn import knn_predict, knn_scores
+from fmsuite.core.evaluation.metrics import balanced_accuracy
 from fmsuite.errors import UsageError
 
 
@@ -84,15 +84,30 @@ def test_wrong_use_is_refused(data: tuple) -> None:
         knn_predict(support, labels, queries, support_groups=groups)
     with pytest.raises(UsageError, match="of one group"):
         knn_predict(support, labels, queries, support_groups=groups, query_groups=groups[:90])
+    with pytest.raises(UsageError, match="labelled 4, but there are 3 classes"):
+        knn_scores(support, labels, queries, classes=3)
 
 
-def test_balanced_accuracy_equals_scikit_learn() -> None:
-    rng = np.random.default_rng(0)
-    target, predicted = rng.choice(4, 300, p=[0.7, 0.2, 0.08, 0.02]), rng.integers(0, 5, 300)
-    ours = balanced_accuracy(torch.from_numpy(predicted), torch.from_numpy(target))
-    with np.testing.suppress_warnings() as quiet:
-        quiet.filter(UserWarning)
-        assert ours == pytest.approx(balanced_accuracy_score(target, predicted))
+def test_scores_are_the_shares_of_votes(data: tuple) -> None:
+    support, labels, queries = data
+    reference = KNeighborsClassifier(20, metric="cosine", algorithm="brute").fit(support.numpy(), labels.numpy())
+    scores = knn_scores(support, labels, queries, 20, temperature=None)
+    assert scores.numpy() == pytest.approx(reference.predict_proba(queries.numpy()), abs=1e-6)
+    weighted = KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(support.double().numpy(), labels.numpy())
+    scores = knn_scores(support, labels, queries, 20)
+    assert scores.numpy() == pytest.approx(weighted.predict_proba(queries.double().numpy()), abs=1e-4)
+    assert torch.equal(scores.argmax(1), knn_predict(support, labels, queries, 20))
+
+
+def test_classes_without_supports_get_no_votes(data: tuple) -> None:
+    support, labels, queries = data
+    scores = knn_scores(support, labels, queries, classes=7)
+    assert scores.shape == (90, 7)
+    assert torch.equal(scores[:, :5], knn_scores(support, labels, queries))
+    assert not scores[:, 5:].any()
+    assert knn_scores(support, labels, queries[:0], classes=7).shape == (0, 7)
 
 
 def test_balanced_votes_put_noise_at_chance_where_own_groups_are_passed_over() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmsuite.core.data.sample import View
-from fmsuite.core.evaluation.knn import balanced_accuracy
+from fmsuite.core.evaluation.metrics import balanced_accuracy
 from fmsuite.core.inputs import Normalize
 from fmsuite.core.objectives.base import StepContext
 from fmsuite.core.training.metrics import read_metrics

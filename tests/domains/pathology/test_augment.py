@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmsuite.commands.setup import open_index
+from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.seeding import generator
 from fmsuite.domains.base import load_domain
 from fmsuite.domains.pathology.augment import (
@@ -17,6 +22,7 @@ from fmsuite.domains.pathology.augment import (
     rgb_to_hed,
     stain_jitter,
 )
+from fmsuite.domains.pathology.options import PathologyOptions
 
 
 @pytest.fixture
@@ -162,3 +168,31 @@ def test_the_second_view_is_blurred_less_often(tissue: np.ndarray) -> None:
 
 def test_the_plugin_is_found_by_its_name() -> None:
     assert load_domain("pathology").name == "pathology"
+
+
+def test_jitter_scales_the_spread_of_colours_and_greyscale_drops_them() -> None:
+    tissue = np.tile(np.array([[[180]], [[120]], [[160]]], np.uint8), (1, 24, 24))
+
+    def means(augmentation: StainedTissueAugmentation) -> np.ndarray:
+        drawn = [
+            augmentation.after_crop(ArraySample(tissue), "strong", False, generator(0, number)) for number in range(60)
+        ]
+        return np.stack([sample.values.mean((1, 2)) for sample in drawn])
+
+    still, usual, strong = (means(StainedTissueAugmentation.jittered(factor)) for factor in (0.0, 1.0, 2.5))
+    assert np.abs(still - [180, 120, 160]).max() < 1
+    assert np.array_equal(usual, means(StainedTissueAugmentation()))
+    assert 1 < usual.std(0).mean() < strong.std(0).mean() / 1.8
+    grey = means(StainedTissueAugmentation.jittered(1.0, greyscale=1.0))
+    assert np.ptp(grey, axis=1).max() < 1e-6
+
+
+def test_options_of_augmentation_may_differ_from_those_that_the_index_was_made_with(
+    example_index: SampleIndex, tmp_path: Path
+) -> None:
+    example_index.write(tmp_path / "index.parquet")
+    other = load_domain("pathology")(PathologyOptions(stain_jitter=3.0, greyscale=0.5))
+    asked = {"stain_jitter", "greyscale"}
+    domain, _ = open_index(other, [tmp_path / "index.parquet"], SkippedLog(None), asked=asked)
+    assert domain.options.stain_jitter == 3.0
+    assert domain.options.greyscale == 0.5

@@ -31,12 +31,12 @@ def test_openslide_reads_the_true_resolution_of_every_level(example: Path) -> No
 def test_labels_are_balanced_and_patients_stay_on_one_side(example: Path) -> None:
     with (example / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 10
-    for split, count in (("train", 3), ("test", 2)):
+    assert len(rows) == 16
+    for split, count in (("train", 4), ("test", 4)):
         labels = [row["label"] for row in rows if row["split"] == split]
         assert labels.count("glandular") == labels.count("solid") == count
     patients = {row["patient"] for row in rows}
-    assert len(patients) == 9
+    assert len(patients) == 15
     assert all(len({row["split"] for row in rows if row["patient"] == p}) == 1 for p in patients)
 
 

@@ -1,0 +1,195 @@
+"""Labelled windows with two sides: what ``bench`` trains its classifiers on, and what it asks them about."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from fmsuite.core.data.grouping import group_codes
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.evaluation.results import Item
+from fmsuite.core.evaluation.splits import (
+    TEST,
+    TEST_SHARE,
+    TRAIN,
+    Split,
+    given_split,
+    refuse_missing_classes,
+    refuse_one_class,
+    refuse_shared_groups,
+    split_by_group,
+)
+from fmsuite.core.reports.wording import counted
+from fmsuite.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LabelledWindows:
+    """
+    Attributes:
+        index: the windows that have a label and a side.
+        rows: (S,) int64 rows of ``index`` that take part, ascending.
+        labels: (S,) int64 positions in ``classes``.
+        groups: (S,) int64 positions in ``group_names``.
+        split: of the S.
+        unit: what a window is called, in the singular.
+        seed: of the split, where one is made.
+        notes: what was left out, in sentences.
+    """
+
+    index: SampleIndex
+    rows: Tensor
+    labels: Tensor
+    groups: Tensor
+    classes: list[str]
+    group_names: list[str]
+    split: Split
+    unit: str
+    seed: int
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, whole: SampleIndex, seed: int, unit: str, where: str) -> LabelledWindows:
+        """Those of an index, with its own split or one made here.
+
+        Args:
+            seed: of the split, where one is made.
+            where: the data, for messages.
+
+        Raises:
+            UsageError: if there are no labels, fewer than two classes, no usable split, a class is missing on a side,
+                or a group is on both.
+        """
+        labelled = [n for n, label in enumerate(_column(whole, "label")) if label is not None]
+        if not labelled:
+            raise UsageError(
+                f"{where}: none of the {counted(len(whole), unit)} has a label.",
+                "Put a labels.csv (path, label, group, split) into the folder, or name a table with "
+                "--set data.labels=FILE and its columns with data.label_column and the like.",
+            )
+        notes = []
+        if len(labelled) < len(whole):
+            notes.append(f"Left out: {counted(len(whole) - len(labelled), unit)} without a label.")
+        index = whole.select(labelled)
+        given = given_split(_column(index, "split"))
+        if given is not None:
+            index, given = cls._on_sides(index, given, unit, notes)
+        groups = [str(group) for group in _column(index, "group")]
+        classes = index.label_names
+        code = {name: number for number, name in enumerate(classes)}
+        labels = torch.tensor([code[str(label)] for label in _column(index, "label")])
+        refuse_one_class(classes)
+        split = given or split_by_group(labels, groups, classes, seed)
+        refuse_shared_groups(split, groups)
+        refuse_missing_classes(split, labels, classes)
+        names, position = np.unique(np.asarray(groups), return_inverse=True)
+        return cls(
+            index,
+            torch.arange(len(index)),
+            labels,
+            torch.from_numpy(position),
+            classes,
+            [str(name) for name in names],
+            split,
+            unit,
+            seed,
+            notes,
+        )
+
+    @staticmethod
+    def _on_sides(index: SampleIndex, given: Split, unit: str, notes: list[str]) -> tuple[SampleIndex, Split]:
+        """Without the windows that are on neither side."""
+        kept = torch.cat([given.train, given.test]).sort().values
+        left = len(index) - len(kept)
+        if left:
+            others = sorted({str(side or "none") for side in _column(index, "split")} - {TRAIN, TEST})
+            notes.append(f"Left out: {counted(left, unit)} of other sides of the split ({', '.join(others)}).")
+        return index.select(kept.numpy()), given.among(kept)
+
+    @property
+    def said(self) -> str:
+        """One sentence on the split."""
+        sides = " and ".join(
+            f"{counted(len(side), self.unit)} of {counted(len(self.groups[side].unique()), 'group')} {purpose}"
+            for side, purpose in ((self.split.train, "to train on"), (self.split.test, "to be asked"))
+        )
+        if self.split.made:
+            return (
+                f"Made here, as the data name no sides: by group, classes alike on both, {TEST_SHARE:.0%} to be asked, "
+                f"seed {self.seed}; {sides}."
+            )
+        return f"As the data give it; {sides}."
+
+    def restricted(self, stored: Sequence[Tensor]) -> LabelledWindows:
+        """Only the windows of which every encoder has features.
+
+        Args:
+            stored: for each encoder the rows of ``index`` that it has.
+
+        Raises:
+            UsageError: if a class is then missing on a side.
+        """
+        everywhere = torch.zeros(len(self.index), dtype=torch.int64)
+        for rows in stored:
+            everywhere[rows] += 1
+        kept = torch.nonzero(everywhere == len(stored)).flatten()
+        if len(kept) == len(self):
+            return self
+        split = self.split.among(kept)
+        refuse_missing_classes(split, self.labels[kept], self.classes)
+        note = f"Left out: {counted(len(self) - len(kept), self.unit)} that could not be read; see skipped.csv."
+        return replace(
+            self,
+            rows=kept,
+            labels=self.labels[kept],
+            groups=self.groups[kept],
+            split=split,
+            notes=[*self.notes, note],
+        )
+
+    def items(self) -> list[Item]:
+        """One for each window, named by its file and, where a file has several, its corner."""
+        sources, codes = group_codes(self.index, "source")
+        several = np.bincount(codes) > 1
+        positions = self.index.table.column("position").to_pylist()
+        side = [""] * len(self)
+        for name, members in ((TRAIN, self.split.train), (TEST, self.split.test)):
+            for member in members.tolist():
+                side[member] = name
+        found = []
+        for item, row in enumerate(self.rows.tolist()):
+            source = codes[row]
+            corner = f" ({', '.join(f'{value:g}' for value in positions[row])})" if several[source] else ""
+            found.append(
+                Item(
+                    id=f"{sources[source]}{corner}",
+                    label=int(self.labels[item]),
+                    group=self.group_names[int(self.groups[item])],
+                    split=side[item],
+                )
+            )
+        return found
+
+
+def asked_options(overrides: Collection[str]) -> set[str]:
+    """Names of the ``data:`` options among ``KEY=VALUE`` items."""
+    return {item.partition("=")[0].removeprefix("data.").split(".")[0] for item in overrides}
+
+
+def named(paths: Sequence[Path]) -> str:
+    """The data in a few words."""
+    names = [path.parent.name if path.name == "index.parquet" and path.parent.name else path.name for path in paths]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _column(index: SampleIndex, name: str) -> list[str | None]:
+    return index.table.column(name).cast(pa.string()).to_pylist()

@@ -1,0 +1,196 @@
+"""What a report is made from: folders of results and run folders, read and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
+from fmsuite.core.data.skipped import Skipped, SkippedLog
+from fmsuite.core.evaluation.results import RESULTS, Results
+from fmsuite.core.reports.exhibits import EXHIBITS, Exhibits
+from fmsuite.core.reports.exhibits import FORMAT as EXHIBITS_FORMAT
+from fmsuite.core.training.metrics import read_metrics
+from fmsuite.core.training.run_folder import RunFolder
+from fmsuite.errors import UsageError
+
+ENCODER = "encoder.json"
+
+
+@dataclass
+class Comparison:
+    """A folder that ``bench`` or ``fewshot`` wrote.
+
+    Attributes:
+        pictures: file, as in the exhibits, to its bytes; without those that cannot be read.
+        notes: what the folder lacks, in sentences.
+    """
+
+    folder: str
+    results: Results
+    exhibits: Exhibits = field(default_factory=Exhibits)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """A folder that ``pretrain`` wrote.
+
+    Attributes:
+        facts: ``run.json``.
+        config: ``config.yaml``, and as text.
+        metrics: the lines of ``metrics.jsonl``.
+        encoder: ``encoder.json``; empty while the run is not finished.
+        views: ``views.png``.
+        notes: what the folder lacks, in sentences.
+    """
+
+    folder: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    encoder: dict[str, Any] = field(default_factory=dict)
+    views: bytes | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_sources(folder: Path) -> list[Comparison | Run]:
+    """What a folder holds: results, a run, or both.
+
+    Raises:
+        UsageError: if it holds neither, or a file in it is damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder.", "Name run folders and folders of results.")
+    found: list[Comparison | Run] = []
+    if (folder / RESULTS).exists():
+        found.append(_comparison(folder))
+    run = RunFolder(folder)
+    if run.facts_path.exists() or run.metrics_path.exists():
+        found.append(_run(run))
+    if not found:
+        inside = sorted(path.parent for name in (RESULTS, "run.json") for path in folder.glob(f"*/{name}"))
+        hint = (
+            f"Name the folders in it that do: {' '.join(map(str, dict.fromkeys(inside)))}."
+            if inside
+            else "Name a run folder of 'fmsuite pretrain', or a folder that 'fmsuite bench' or 'fmsuite fewshot' wrote."
+        )
+        raise UsageError(
+            f"{folder}: holds neither results nor a run (looked for {RESULTS}, run.json and metrics.jsonl).", hint
+        )
+    return found
+
+
+def _comparison(folder: Path) -> Comparison:
+    results = Results.read(folder)
+    check(results, str(folder))
+    notes: list[str] = []
+    exhibits, pictures = Exhibits(), dict[str, bytes]()
+    path = folder / EXHIBITS
+    if path.exists():
+        raw = _json(path)
+        try:
+            if raw.get("format", EXHIBITS_FORMAT) > EXHIBITS_FORMAT:
+                raise UsageError(f"{path}: exhibits of a newer fmsuite.", "Upgrade fmsuite to read them.")
+            exhibits = Exhibits.model_validate(raw)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{path}: damaged ({error}).", "Make the results again.") from error
+        _check_exhibits(exhibits, results, path)
+        for picture in exhibits.pictures():
+            if picture.file in pictures:
+                continue
+            try:
+                pictures[picture.file] = picture.content(folder)
+            except UsageError as error:
+                notes.append(f"A picture is missing ({picture.alt}): {error.message}")
+    else:
+        notes.append(f"There is no {EXHIBITS} in {folder}, so no feature map, neighbours or evidence can be shown.")
+    return Comparison(str(folder), results, exhibits, pictures, _skipped(folder / SKIPPED), list(dict.fromkeys(notes)))
+
+
+def check(results: Results, name: str) -> None:
+    """
+    Raises:
+        UsageError: if positions point outside the lists that they refer to.
+    """
+    classes, items = len(results.classes), len(results.items)
+    known = {encoder.name for encoder in results.encoders}
+    problem = ""
+    if any(not 0 <= item.label < classes for item in results.items):
+        problem = "an item's label is not one of the classes"
+    for e in results.evaluations:
+        where = f"the evaluation of {e.encoder} by {e.method}"
+        if e.encoder not in known:
+            problem = f"{where} is of an encoder that is not listed"
+        if len(e.confusion) != classes or any(len(row) != classes for row in e.confusion):
+            problem = f"{where} has a confusion matrix of another size than the {classes} classes"
+        for episode in e.episodes:
+            if len(episode.predictions) > items or any(not -1 <= p < classes for p in episode.predictions):
+                problem = f"{where} predicts what is not among the items and classes"
+    if problem:
+        raise UsageError(f"{name}: damaged results ({problem}).", "Make them again.")
+
+
+def _check_exhibits(exhibits: Exhibits, results: Results, path: Path) -> None:
+    classes = range(-1, len(results.classes))
+    labels = [label for shown in exhibits.maps for label in shown.labels]
+    labels += [label for shown in exhibits.evidence for label in (shown.true, shown.predicted)]
+    labels += [-1 if picture.label is None else picture.label for picture in exhibits.pictures()]
+    if any(label not in classes for label in labels):
+        raise UsageError(f"{path}: a label is not one of the classes of {RESULTS}.", "Make the results again.")
+
+
+def _run(run: RunFolder) -> Run:
+    notes = []
+    text = ""
+    config: Any = {}
+    if run.config_path.exists():
+        text = run.config_path.read_text(encoding="utf-8", errors="replace")
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{run.config_path}: not valid YAML ({error}).", "Restore it, or remove it.") from error
+    else:
+        notes.append(f"{run.config_path} is missing.")
+    metrics = list(read_metrics(run.metrics_path))
+    if not metrics:
+        notes.append(f"{run.metrics_path} holds no measurements, so there are no training curves.")
+    if not run.facts_path.exists():
+        notes.append(f"{run.facts_path} is missing, so nothing says how to repeat the run.")
+    encoder_path = run.path / ENCODER
+    encoder = _json(encoder_path) if encoder_path.exists() else {}
+    if not encoder:
+        notes.append(f"There is no {ENCODER}: the run has not reached its end.")
+    views = run.views_path.read_bytes() if run.views_path.is_file() else None
+    if views is None:
+        notes.append(f"The picture {run.views_path} is missing.")
+    facts = run.facts()
+    if not isinstance(facts, dict) or not isinstance(config, dict):
+        raise UsageError(f"{run.path}: run.json or config.yaml is not a mapping.", "Restore or remove it.")
+    skipped = _skipped(run.skipped_path)
+    return Run(str(run.path), facts, config, text, metrics, encoder, views, skipped, notes)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON ({error}).", "Restore it, or make it again.") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: not a JSON object.", "Restore it, or make it again.")
+    return raw
+
+
+def _skipped(path: Path) -> list[Skipped]:
+    try:
+        return SkippedLog(path).entries if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}).", "Restore or remove it.") from error

@@ -1,0 +1,274 @@
+"""The report's tables, as plain values that the templates write."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fmsuite.core.evaluation.results import EncoderFacts, Evaluation, Results
+from fmsuite.core.reports.wording import (
+    chance_level,
+    decimal,
+    interval,
+    method_name,
+    metric_name,
+    of,
+    plural,
+    share,
+    shots_name,
+)
+
+HARDEST = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with its interval; ``best`` is the highest of several in its column among true labels."""
+
+    mean: str = ""
+    interval: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """An encoder's numbers; ``mark`` and ``look`` tie it to its curve."""
+
+    name: str
+    cells: list[Cell]
+    mark: int | None = None
+    look: str = "solid"
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """
+    Attributes:
+        corner: heading of the first column.
+        groups: title and rows; controls stand in groups of their own.
+    """
+
+    caption: str
+    corner: str
+    columns: list[str]
+    groups: list[tuple[str, list[Row]]]
+
+
+GROUPS = (
+    ("Encoders", ("encoder",), False),
+    ("Controls", ("untrained", "histogram"), False),
+    ("Controls with shuffled labels", ("encoder", "untrained", "histogram"), True),
+)
+
+
+def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
+    """The primary metric: encoders by methods for the whole training side, then for each method encoders by shots.
+
+    Args:
+        marks: colour and shape of each encoder in the curves.
+    """
+    metric = metric_name(results.primary)
+    methods = list(dict.fromkeys(e.method for e in results.evaluations))
+    whole = [m for m in methods if any(e.method == m and e.shots is None for e in results.evaluations)]
+    tables = []
+    if whole:
+        columns = [(method_name(m), m, None) for m in whole]
+        tables.append(_table(results, f"{metric}, whole training side", "encoder", columns, marks))
+    for method in methods:
+        shots = sorted({e.shots for e in results.evaluations if e.method == method and e.shots is not None})
+        if shots:
+            caption = f"{metric}, {method_name(method)}, by labelled {plural(results.unit)} a class"
+            tables.append(_table(results, caption, "encoder", [(str(k), method, k) for k in shots], marks))
+    return tables
+
+
+def _table(
+    results: Results,
+    caption: str,
+    corner: str,
+    columns: Sequence[tuple[str, str, int | None]],
+    marks: dict[str, int],
+) -> ScoreTable:
+    found = {(e.encoder, e.method, e.shots, e.shuffled): of(e, results.primary) for e in results.evaluations}
+    tops = []
+    for _, method, shots in columns:
+        means = [found[key].mean for key in found if key[1:] == (method, shots, False)]
+        finite = [mean for mean in means if math.isfinite(mean)]
+        tops.append(max(finite) if len(finite) > 1 else math.nan)
+    groups = []
+    for title, kinds, shuffled in GROUPS:
+        rows = []
+        for encoder in results.encoders:
+            estimates = [found.get((encoder.name, method, shots, shuffled)) for _, method, shots in columns]
+            if encoder.kind in kinds and any(estimates):
+                cells = [
+                    Cell()
+                    if estimate is None
+                    else Cell(
+                        decimal(estimate.mean),
+                        interval(estimate),
+                        not shuffled and math.isfinite(top) and decimal(estimate.mean) == decimal(top),
+                    )
+                    for estimate, top in zip(estimates, tops, strict=True)
+                ]
+                look = "solid" if encoder.kind == "encoder" else "hollow"
+                rows.append(Row(encoder.name, cells, None if shuffled else marks.get(encoder.name), look))
+        if rows:
+            groups.append((title, rows))
+    return ScoreTable(caption[0].upper() + caption[1:], corner, [name for name, *_ in columns], groups)
+
+
+@dataclass(frozen=True)
+class FullRow:
+    encoder: str
+    method: str
+    shots: str
+    shuffled: bool
+    episodes: int
+    cells: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class FullTable:
+    """Every evaluation: for each metric the mean, the interval and the standard deviation over episodes."""
+
+    metrics: list[str]
+    rows: list[FullRow]
+
+
+def full_table(results: Results) -> FullTable:
+    names = list(dict.fromkeys(name for e in results.evaluations for name in e.metrics))
+    rows = []
+    for e in results.evaluations:
+        cells = []
+        for name in names:
+            estimate = of(e, name)
+            deviation = "" if estimate.std is None else f"sd {decimal(estimate.std)}"
+            cells.append((decimal(estimate.mean), interval(estimate), deviation))
+        rows.append(FullRow(e.encoder, method_name(e.method), shots_name(e.shots), e.shuffled, len(e.episodes), cells))
+    return FullTable([metric_name(name) for name in names], rows)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A cell of a confusion matrix: ``shade`` from 0 to 1 is its share of the row."""
+
+    count: str
+    share: str
+    shade: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    caption: str
+    classes: list[str]
+    rows: list[list[Share]]
+
+
+def matrix(evaluation: Evaluation, classes: Sequence[str]) -> Matrix:
+    """A confusion matrix with shares of each row (the true class)."""
+    rows = []
+    for counts in evaluation.confusion:
+        total = sum(counts)
+        shades = [count / total if total else 0.0 for count in counts]
+        rows.append([Share(f"{count:,}", share(part) if total else "–", part) for count, part in zip(counts, shades)])
+    return Matrix(evaluation.encoder, list(classes), rows)
+
+
+def same_setting(results: Results, best: Evaluation) -> list[Evaluation]:
+    """The evaluations of every encoder with the method and shots of the best, with true labels."""
+    order = {encoder.name: number for number, encoder in enumerate(results.encoders)}
+    found = [e for e in results.evaluations if not e.shuffled and e.method == best.method and e.shots == best.shots]
+    return sorted(found, key=lambda e: order[e.encoder])
+
+
+@dataclass(frozen=True)
+class Hard:
+    """An item that is often wrong."""
+
+    item: str
+    group: str
+    true: str
+    mostly: str
+    wrong: int
+    asked: int
+
+
+def hardest(results: Results, evaluation: Evaluation, most: int = HARDEST) -> list[Hard]:
+    """The items that are wrong in most of the episodes in which they were asked, and at least once."""
+    asked: Counter[int] = Counter()
+    wrong: dict[int, Counter[int]] = {}
+    for episode in evaluation.episodes:
+        for number, predicted in enumerate(episode.predictions):
+            if predicted >= 0:
+                asked[number] += 1
+                if predicted != results.items[number].label:
+                    wrong.setdefault(number, Counter())[predicted] += 1
+    order = sorted(wrong, key=lambda number: (-wrong[number].total() / asked[number], -asked[number], number))
+    return [
+        Hard(
+            results.items[number].id,
+            results.items[number].group,
+            results.classes[results.items[number].label],
+            results.classes[wrong[number].most_common(1)[0][0]],
+            wrong[number].total(),
+            asked[number],
+        )
+        for number in order[:most]
+    ]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Who was judged: a line for each class and side."""
+
+    classes: str
+    split: str
+    items: int
+    groups: int
+    windows: int
+
+
+def judged(results: Results) -> list[Judged]:
+    lines: dict[tuple[int, str], list] = {}
+    for item in results.items:
+        lines.setdefault((item.label, item.split or ""), []).append(item)
+    return [
+        Judged(
+            results.classes[label],
+            split,
+            len(items),
+            len({item.group for item in items}),
+            sum(item.windows for item in items),
+        )
+        for (label, split), items in sorted(lines.items())
+    ]
+
+
+@dataclass
+class EncoderLine:
+    name: str
+    kind: str
+    dim: int
+    pooling: str
+    identity: str
+    provenance: list[tuple[str, str]] = field(default_factory=list)
+
+
+KINDS = {"encoder": "encoder", "untrained": "control: untrained", "histogram": "control: histogram"}
+
+
+def encoder_line(facts: EncoderFacts) -> EncoderLine:
+    kind = KINDS[facts.kind] + (f", of {facts.control_of}" if facts.control_of else "")
+    provenance = [(str(key), str(value)) for key, value in facts.provenance.items() if value not in (None, "", [], {})]
+    return EncoderLine(facts.name, kind, facts.dim, facts.pooling or "–", facts.identity, provenance)
+
+
+def scale_note(results: Results) -> str:
+    """What the numbers can lie between, for the tables' foot."""
+    chance = chance_level(results.primary, len(results.classes))
+    name = metric_name(results.primary)
+    level = "" if chance is None else f" Chance is {decimal(chance)}."
+    return f"{name[0].upper()}{name[1:]}: 1 is perfect.{level}"

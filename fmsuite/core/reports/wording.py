@@ -1,0 +1,86 @@
+"""How the report writes numbers and names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fmsuite.core.evaluation.results import Estimate, Evaluation
+
+METHOD_NAMES = {
+    "simpleshot": "SimpleShot",
+    "mi_simpleshot": "MI-SimpleShot",
+    "logistic": "logistic regression",
+    "knn": "kNN",
+    "abmil": "ABMIL",
+    "linear_torch": "linear probe, torch form",
+    "linear_sklearn": "linear probe, scikit-learn form",
+}
+METRIC_NAMES = {"auroc": "AUROC", "weighted_f1": "weighted F1"}
+
+
+def decimal(value: float) -> str:
+    """Three decimals; a dash for what is not finite."""
+    return f"{value:.3f}".replace("-", "−").replace("−0.000", "0.000") if math.isfinite(value) else "–"
+
+
+def interval(estimate: Estimate) -> str:
+    """``(0.887–0.934)``; ``(−0.020 to 0.031)`` where a bound is negative; empty where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    between = " to " if min(estimate.low, estimate.high) < 0 else "–"
+    return f"({decimal(estimate.low)}{between}{decimal(estimate.high)})"
+
+
+def estimated(estimate: Estimate) -> str:
+    """``0.912 (0.887–0.934)``."""
+    return f"{decimal(estimate.mean)} {interval(estimate) or '(no interval)'}"
+
+
+def method_name(key: str) -> str:
+    """As it stands in tables: the usual name of a known method, else the key in words."""
+    return METHOD_NAMES.get(key, key.replace("_", " "))
+
+
+def metric_name(key: str) -> str:
+    return METRIC_NAMES.get(key, key.replace("_", " "))
+
+
+def chance_level(metric: str, classes: int) -> float | None:
+    """What guessing gives whatever the shares of the classes; ``None`` where it depends on them."""
+    return {"balanced_accuracy": 1 / max(classes, 1), "auroc": 0.5, "quadratic_kappa": 0.0}.get(metric)
+
+
+def counted(count: int, unit: str) -> str:
+    """``1 slide``, ``12 slides``."""
+    return f"{count} {unit if count == 1 else plural(unit)}"
+
+
+def plural(unit: str) -> str:
+    return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
+
+
+def supervision(shots: int | None, unit: str) -> str:
+    """What the classifier was given."""
+    return "with the whole training side" if shots is None else f"from {counted(shots, f'labelled {unit}')} a class"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def shots_name(shots: int | None) -> str:
+    return "all" if shots is None else str(shots)
+
+
+def of(evaluation: Evaluation, metric: str) -> Estimate:
+    """The metric's estimate, not a number where it was not computed."""
+    return evaluation.metrics.get(metric, Estimate(mean=math.nan))
+
+
+def share(value: float) -> str:
+    """A whole percentage; under 1% and over 99% with what distinguishes them from none and all."""
+    if 0 < value < 0.01:
+        return "<1%"
+    return ">99%" if 0.99 < value < 1 else f"{value:.0%}"
