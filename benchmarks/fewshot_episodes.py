@@ -20,7 +20,7 @@ import torch
 from sklearn import metrics as reference
 from sklearn.neighbors import NearestCentroid
 
-from fmsuite.core.evaluation import fewshot
+from fmsuite.core.evaluation import classifiers, fewshot
 from fmsuite.core.evaluation.bags import Bags
 from fmsuite.core.evaluation.episodes import Draw, draws
 from fmsuite.core.evaluation.metrics import score
@@ -37,7 +37,7 @@ def cohort(tiles: int, dim: int, classes: int, seed: int = 0) -> Bags:
 
 
 def ours(bags: Bags, episodes: Sequence[Draw]) -> list[np.ndarray]:
-    classifier, predictions = fewshot.CLASSIFIERS["simpleshot"], []
+    classifier, predictions = classifiers.CLASSIFIERS["simpleshot"], []
     for draw in episodes:
         scores = classifier(bags, draw.support, draw.queries, draw.seed)
         predicted = scores.argmax(1)

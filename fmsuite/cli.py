@@ -377,9 +377,12 @@ def _with_mpp(overrides: list[str] | None, mpp: float | None, prefix: str) -> li
 
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return sorted({int(part) for part in text.split(",")})
+        numbers = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise UsageError(f"{option} '{text}' is no list of numbers.", "Write it as 1,2,4,8.") from None
+    if numbers[0] < 1:
+        raise UsageError(f"{option} '{text}' has a number below 1.", "Write it as 1,2,4,8.")
+    return numbers
 
 
 def _show_results(results: Results) -> None:
@@ -422,6 +425,11 @@ def _finish(skipped: str) -> None:
             raise typer.Exit(DONE_WITH_SKIPS)
 
 
+def _interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    console.print("interrupted", highlight=False)
+
+
 def main() -> None:
     """The console script: errors become one message and an exit code; a traceback appears only with ``--debug``."""
     debug = "--debug" in sys.argv
@@ -429,6 +437,9 @@ def main() -> None:
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
         code = app(standalone_mode=False)
+        # typer turns Ctrl-C into this code.
+        if code == INTERRUPTED:
+            _interrupted()
     except click.exceptions.ClickException as error:
         error.show()
         code = WRONG_USE
@@ -438,8 +449,7 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.exceptions.Abort):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        console.print("interrupted", highlight=False)
+        _interrupted()
         code = INTERRUPTED
     except OSError as error:
         if debug:

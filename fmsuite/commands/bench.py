@@ -20,8 +20,9 @@ from fmsuite.commands.setup import domain_options, open_domain, open_encoder, op
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.evaluation.bags import Bags
+from fmsuite.core.evaluation.classifiers import find_classifier
 from fmsuite.core.evaluation.episodes import allowed_shots, draws
-from fmsuite.core.evaluation.fewshot import find_classifier, run
+from fmsuite.core.evaluation.fewshot import run
 from fmsuite.core.evaluation.results import Evaluation, Results
 from fmsuite.core.evaluation.statistics import describe
 from fmsuite.core.evaluation.tiles import SHUFFLED_INTERVAL, TASKS, judge
@@ -47,8 +48,6 @@ SHUFFLED_TASKS = ("knn", "linear_sklearn")
 """Tasks that every encoder is also given with shuffled labels."""
 LINEAR_TASKS = ("linear_torch", "linear_sklearn")
 """Tasks whose answer depends on the scale of the features."""
-UNITS = {"pathology": "tile", "svg": "drawing"}
-"""What a window is called, where it is not ``window``."""
 MOST_PREDICTIONS = 20_000_000
 """Predictions of few-shot draws beyond which they are left out of ``predictions.json``."""
 MAPS = 4
@@ -117,7 +116,7 @@ def bench(
     plugin.parts = parts
     paths = [Path(path) for path in data] or [_example_data(plugin)]
     plugin, whole = open_index(plugin, paths, skipped, progress, asked_options(overrides))
-    windows = LabelledWindows.of(whole, seed, UNITS.get(domain, "window"), named(paths))
+    windows = LabelledWindows.of(whole, seed, plugin.units.window, named(paths))
     allowed, notes = _shots(windows, shots) if FEWSHOT in tasks else ([], [])
     found = contenders(models, plugin.input_spec(windows.index), controls)
     log.info("%s", windows.said)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
+from fmsuite.commands.bench import FEWSHOT, FEWSHOT_METHOD
 from fmsuite.commands.setup import recipe_folders
 from fmsuite.configs import recipes
 from fmsuite.core.backbones.config import VIT_SIZES
+from fmsuite.core.evaluation.classifiers import CLASSIFIERS
+from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.core.objectives.base import OBJECTIVES
 from fmsuite.domains.base import domain_names, load_domain
 from fmsuite.errors import UsageError, nearest
@@ -19,12 +22,20 @@ def catalogue(what: str) -> tuple[Row, list[Row]]:
     """Headings and rows.
 
     Args:
-        what: ``recipes``, ``objectives``, ``models`` or ``domains``.
+        what: ``recipes``, ``objectives``, ``models``, ``domains``, ``methods`` (few-shot classification) or ``tasks``
+            (benchmarks).
 
     Raises:
         UsageError: for anything else.
     """
-    tables = {"recipes": _recipes, "objectives": _objectives, "models": _models, "domains": _domains}
+    tables = {
+        "recipes": _recipes,
+        "objectives": _objectives,
+        "models": _models,
+        "domains": _domains,
+        "methods": _methods,
+        "tasks": _tasks,
+    }
     if what not in tables:
         raise UsageError(f"Cannot list '{what}'.", nearest(what, tables))
     return tables[what]()
@@ -64,3 +75,13 @@ def _domains() -> tuple[Row, list[Row]]:
         except UsageError as error:
             rows.append((name, "", str(error)))
     return ("domain", "default recipe", "what it is"), rows
+
+
+def _methods() -> tuple[Row, list[Row]]:
+    return ("method", "what it is"), [(name, classifier.title) for name, classifier in CLASSIFIERS.items()]
+
+
+def _tasks() -> tuple[Row, list[Row]]:
+    rows: list[Row] = [(name, task.title) for name, task in TASKS.items()]
+    rows.append((FEWSHOT, f"Few-shot curves: {CLASSIFIERS[FEWSHOT_METHOD].title}"))
+    return ("task", "what it is"), rows

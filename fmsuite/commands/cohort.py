@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmsuite.commands.comparison import class_order
 from fmsuite.commands.group_labels import IGNORE, LabelColumns, LabelledGroup, index_groups, labelled_groups
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.bags import Bags
@@ -17,17 +17,16 @@ from fmsuite.core.evaluation.splits import TEST, TRAIN
 from fmsuite.core.evaluation.store_bags import StoredBags, stored_bags, without_features
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.reports.wording import counted
+from fmsuite.domains.base import Units, load_domain
 from fmsuite.errors import UsageError
 
-_SOURCES = {"pathology": "slide", "medical": "volume", "remote_sensing": "raster", "svg": "drawing"}
-_GROUPS = {"pathology": "patient", "medical": "patient", "remote_sensing": "scene"}
 
-
-def unit_of(domain: str, by: str) -> str:
-    """What a group of a store is called, in the singular."""
-    if by == "group":
-        return _GROUPS.get(domain, "group")
-    return _SOURCES.get(domain, "source") if by == "source" else "folder"
+def units_of(domain: str) -> Units:
+    """What a domain calls things; general words where it is not installed, which stores do not need."""
+    try:
+        return load_domain(domain).units
+    except UsageError:
+        return Units()
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def find_cohort(stores: Sequence[FeatureStore], columns: LabelColumns, skipped: 
             fewer than two classes are left.
     """
     store = stores[0]
-    unit, owner = unit_of(store.facts.domain, store.facts.by), _GROUPS.get(store.facts.domain, "group")
+    units = units_of(store.facts.domain)
+    unit, owner = units.of(store.facts.by), units.group
     origin = str(columns.file or store.path)
     known = index_groups(store.index, store.facts.by)
     labelled = labelled_groups(known, store.facts.by, unit, columns, skipped, str(store.path))
@@ -102,7 +102,7 @@ def find_cohort(stores: Sequence[FeatureStore], columns: LabelColumns, skipped: 
     for group in labelled:
         if group.id in lacking:
             skipped.add(group.id, "features", f"This {unit} is left out: {lacking[group.id]}")
-    classes = sorted({group.label for group in groups}, key=_in_order)
+    classes = sorted({group.label for group in groups}, key=class_order)
     if len(classes) < 2:
         raise UsageError(
             f"{origin}: of {len(labelled)} labelled {unit}s {len(groups)} have features, and these are not of two "
@@ -119,15 +119,6 @@ def find_cohort(stores: Sequence[FeatureStore], columns: LabelColumns, skipped: 
         notes.append(f"Left out: {counted(nameless, 'line')} of {origin} for which there is no {unit}.")
     codes = {name: code for code, name in enumerate(classes)}
     return Cohort(groups, classes, [codes[g.label] for g in groups], train, test, unit, owner, origin, notes)
-
-
-def _in_order(label: str) -> tuple[float, str]:
-    """Grades by number, names by letter: quadratic kappa takes the order of the classes for one."""
-    try:
-        number = float(label)
-    except ValueError:
-        number = math.nan
-    return number if math.isfinite(number) else math.inf, label
 
 
 def _sides(

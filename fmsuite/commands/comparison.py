@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import re
@@ -12,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from fmsuite.commands.setup import UNTRAINED
 from fmsuite.core.backbones.timm_backbone import PREFIX
@@ -20,6 +22,7 @@ from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import HUB, WEIGHTS
 from fmsuite.core.evaluation.results import RESULTS, Facts, Results
 from fmsuite.core.reports.exhibits import Exhibits
+from fmsuite.core.store_root import read_facts
 from fmsuite.core.training.run_folder import RunFolder
 from fmsuite.errors import UsageError
 
@@ -93,6 +96,15 @@ def short_names(given: Sequence[str | os.PathLike]) -> list[str]:
             lengths[n] += 1
 
 
+def class_order(label: str) -> tuple[float, str]:
+    """Sorts classes: grades by number, names by letter; quadratic kappa takes the order of the classes for one."""
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    return number if math.isfinite(number) else math.inf, label
+
+
 def file_name(name: str) -> str:
     """An encoder's name as the name of a file: what file systems do not take becomes a hyphen."""
     return re.sub(r"[^\w.+@=-]+", "-", name).strip("-.") or "encoder"
@@ -105,23 +117,40 @@ def open_out(out: Path, kind: Kind, strict: bool, keep_skipped: bool = False) ->
         keep_skipped: go on with the folder's ``skipped.csv``, because what it names was not used again.
 
     Raises:
-        UsageError: if ``out`` is a file, or holds a pretraining run or results of the other kind.
+        UsageError: if ``out`` is a file or a feature store, or holds a pretraining run or results of the other kind.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: this is a file.", "Choose another folder with --out.")
     run = RunFolder(out)
     if run.facts_path.exists() or run.metrics_path.exists():
         raise UsageError(f"{out}: this is the folder of a pretraining run.", "Choose another folder with --out.")
+    if read_facts(out) is not None:
+        raise UsageError(f"{out}: this is a feature store.", "Choose another folder with --out.")
     if (out / RESULTS).exists():
-        before = Results.read(out)
-        if before.kind != kind:
+        before = _kind_of(out / RESULTS)
+        if before != kind:
             raise UsageError(
-                f"{out}: this folder holds results of `fmsuite {before.kind}`.", "Choose another folder with --out."
+                f"{out}: this folder holds results of `fmsuite {before}`.", "Choose another folder with --out."
             )
     log = out / FILE_NAME
     if not keep_skipped:
         log.unlink(missing_ok=True)
     return SkippedLog(log, strict)
+
+
+def _kind_of(results: Path) -> str:
+    """By which command results were made, whatever else is wrong with them: they are about to be replaced.
+
+    Raises:
+        UsageError: if they do not say so.
+    """
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))["kind"]
+        if found in get_args(Kind):
+            return str(found)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(f"{results}: damaged, or of another program.", "Remove it, or choose another folder with --out.")
 
 
 def leave(out: Path, results: Results, exhibits: Exhibits, skipped: SkippedLog) -> Compared:

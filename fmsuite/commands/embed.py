@@ -15,7 +15,7 @@ from fmsuite.core.controls import Histogram
 from fmsuite.core.data.grouping import By, default_by
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
-from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, store_facts
+from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, left_out_of, store_facts
 from fmsuite.core.embedding import embed as embed_windows
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.features import FeatureStore
@@ -106,6 +106,8 @@ def embed(
         if not store.stored() and not store.unreadable():
             log_path.unlink(missing_ok=True)
         skipped = SkippedLog(log_path, strict)
+        again = {" ".join(id.split()) for id in (*store.missing(), *store.unreadable())}
+        skipped.forget(lambda entry: left_out_of(entry) in again)
         _say_what_is_there(store)
         embed_windows(
             model,

@@ -17,8 +17,9 @@ from fmsuite.commands.embed import STORE_NAME
 from fmsuite.commands.fewshot_exhibits import Asked, Illustrator
 from fmsuite.commands.group_labels import LabelColumns
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.evaluation.classifiers import CLASSIFIERS, Classifier, find_classifier
 from fmsuite.core.evaluation.episodes import Draw, allowed_shots, draws
-from fmsuite.core.evaluation.fewshot import CLASSIFIERS, Classifier, find_classifier, run
+from fmsuite.core.evaluation.fewshot import run
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation, Item, Results
 from fmsuite.core.evaluation.statistics import describe
 from fmsuite.core.evaluation.store_bags import open_comparable

@@ -134,6 +134,9 @@ class Illustrator:
         if self.who.k is None:
             self._note(f"There is no evidence from single {self.who.unit}s, as {METHOD} was not among the methods.")
             return
+        if int(stored.bags.sizes.max()) == 1:
+            self._note(f"There is no evidence from single {self.who.unit}s, as each is a single window.")
+            return
         judged = [
             one
             for bag, one in zip(self.who.draw.queries.tolist(), self._judged(stored, self.who.k), strict=True)

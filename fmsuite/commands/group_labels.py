@@ -15,11 +15,8 @@ from fmsuite.core.data.grouping import By, group_codes
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.errors import UsageError
-from fmsuite.tiling.labels import LabelOptions, assign_labels
+from fmsuite.tiling.labels import IGNORE, LabelOptions, assign_labels
 from fmsuite.tiling.sources import SourceFile
-
-IGNORE = "none"
-"""As the name of the split column: sides are ignored, wherever they come from."""
 
 _NAMED = 3
 _SUFFIX = re.compile(r"(\.nii|\.ome)?\.[^.]+$", re.IGNORECASE)
@@ -28,6 +25,7 @@ _OPTIONS = {
     "or use the option labels=none": "or leave out --labels to take the index's own labels",
     "Use the option labels=none": "Leave out --labels to take the index's own labels",
     "path_column": "--path-column",
+    "split_column=": "--split-column ",
 }
 
 
@@ -200,13 +198,12 @@ def _index_side(group: IndexGroup, unit: str, split_column: str | None, where: s
 def _from_file(
     groups: Sequence[IndexGroup], by: By, unit: str, columns: LabelColumns, skipped: SkippedLog, where: str
 ) -> list[_Known]:
-    ignored = columns.split == IGNORE
     options = LabelOptions(
         labels=columns.file,
         path_column=columns.path,
         label_column=columns.label,
         group_column=columns.patient,
-        split_column=None if ignored else columns.split,
+        split_column=columns.split,
     )
     sources, members, places = _sources(groups, by)
     try:
@@ -220,10 +217,7 @@ def _from_file(
     # A file without sides leaves those of the index.
     from_index = not any(found.split for found in known)
     sides = [_index_side(group, unit, columns.split, where) if from_index else None for group in groups]
-    return [
-        _Known(found.label, found.group, None if ignored else found.split or side)
-        for found, side in zip(known, sides, strict=True)
-    ]
+    return [_Known(found.label, found.group, found.split or side) for found, side in zip(known, sides, strict=True)]
 
 
 def _sources(groups: Sequence[IndexGroup], by: By) -> tuple[list[SourceFile], list[list[SourceFile]], dict[Path, str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fmsuite.commands.comparison import class_order
 from fmsuite.core.data.grouping import group_codes
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.evaluation.results import Item
@@ -72,9 +74,7 @@ class LabelledWindows:
         labelled = [n for n, label in enumerate(_column(whole, "label")) if label is not None]
         if not labelled:
             raise UsageError(
-                f"{where}: none of the {counted(len(whole), unit)} has a label.",
-                "Put a labels.csv (path, label, group, split) into the folder, or name a table with "
-                "--set data.labels=FILE and its columns with data.label_column and the like.",
+                f"{where}: none of the {counted(len(whole), unit)} has a label.", _way_to_labels(whole.metadata)
             )
         notes = []
         if len(labelled) < len(whole):
@@ -84,7 +84,7 @@ class LabelledWindows:
         if given is not None:
             index, given = cls._on_sides(index, given, unit, notes)
         groups = [str(group) for group in _column(index, "group")]
-        classes = index.label_names
+        classes = sorted(index.label_names, key=class_order)
         code = {name: number for number, name in enumerate(classes)}
         labels = torch.tensor([code[str(label)] for label in _column(index, "label")])
         refuse_one_class(classes)
@@ -189,6 +189,19 @@ def named(paths: Sequence[Path]) -> str:
     """The data in a few words."""
     names = [path.parent.name if path.name == "index.parquet" and path.parent.name else path.name for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _way_to_labels(metadata: Mapping[str, Any]) -> str:
+    files = [str(file) for file in (metadata.get("labels") or {}).get("files", [])]
+    if files:
+        return (
+            f"{', '.join(files)} was read and gives none: name its column of classes with "
+            "--set data.label_column=COLUMN (and that of what stays together with data.group_column)."
+        )
+    return (
+        "Put a labels.csv (path, label, group, split) into the folder, or name a table with --set data.labels=FILE and "
+        "its columns with data.label_column and the like."
+    )
 
 
 def _column(index: SampleIndex, name: str) -> list[str | None]:

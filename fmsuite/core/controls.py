@@ -22,9 +22,15 @@ from fmsuite.errors import UsageError
 REACH = 3.0
 """Standard deviations on both sides of the mean that the bins of normalised values cover."""
 
+_LAYER_SCALES = frozenset({"gamma", "gamma_1", "gamma_2"})
+"""Names of LayerScale's parameters, here and in timm."""
+
 
 def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
-    """The same architecture, input and pooling with fresh weights.
+    """The same architecture, input and pooling with fresh weights, every LayerScale at 1.
+
+    Training starts LayerScale near zero (1e-5 in DINOv2), where blocks give nothing to the class token: it would be the
+    same for every input to five digits, which is a control too easy to beat.
 
     PyTorch's global generator is left as it was. The same seed gives the same weights.
 
@@ -38,6 +44,10 @@ def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "untrained"))
         fresh = build_backbone(old.config.model_copy(update={"weights": None}), old.spec)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if name.rpartition(".")[2] in _LAYER_SCALES:
+                parameter.fill_(1)
     provenance = {"control": "untrained", "seed": seed, "of": encoder.identity}
     return Encoder(fresh, encoder.spec, encoder.pooling, provenance)
 

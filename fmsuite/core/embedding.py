@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -20,7 +21,7 @@ from fmsuite.core.data.loader import WORKERS_ADVICE, default_workers, explained_
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.sample import Batch, SkippedWindow, View
-from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.data.skipped import Skipped, SkippedLog
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.features import FeatureStore, StoreFacts
 from fmsuite.core.inputs import InputSpec
@@ -31,6 +32,15 @@ from fmsuite.errors import FmsuiteError
 
 DEFAULT_BATCH_SIZE = 64
 _PACKAGES = ("torch", "timm", "numpy", "zarr")
+
+
+_LEFT_OUT = re.compile(r"\d+ of \d+ windows of '(.*?)' left out: ")
+
+
+def left_out_of(entry: Skipped) -> str | None:
+    """The group, its spaces made single, of which a line of ``embed`` says that windows are left out."""
+    found = _LEFT_OUT.match(entry.reason)
+    return found.group(1) if found else None
 
 
 class Embedder(Protocol):

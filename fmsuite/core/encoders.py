@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         if differences:
             raise UsageError(
                 f"The encoder's input and the data differ: {'; '.join(differences)}.",
-                "Read the data as the encoder expects it, or choose channels with load_encoder(..., channels=[...]).",
+                "Read the data as the encoder expects it, or use fewer of its channels (--channels, or channels=).",
             )
 
     def _checked(self, pixels: Tensor | View) -> Tensor | View:

@@ -96,7 +96,7 @@ class FeatureStore:
         facts = read_facts(path)
         if facts is None:
             raise UsageError(f"{path}: not a feature store.", "Make one with `fmsuite embed`.")
-        return cls(path, facts, SampleIndex.read(path / INDEX))
+        return cls(path, facts, _read_index(path))
 
     @classmethod
     def create_or_resume(
@@ -128,7 +128,7 @@ class FeatureStore:
             )
         lock = WriterLock(path / LOCK, str(path))
         try:
-            store = None if overwrite else cls(path, old, SampleIndex.read(path / INDEX), lock)
+            store = None if overwrite else cls(path, old, _read_index(path), lock)
             if store is None or len(store.missing()) == len(store.keys()):
                 new_lock = begin_store(path, facts, index, replace=True)
                 lock.close()
@@ -185,6 +185,8 @@ class FeatureStore:
             return {}
         except ValueError as error:
             raise damage(self.path / UNREADABLE, str(error)) from error
+        if not isinstance(recorded, dict):
+            raise damage(self.path / UNREADABLE, "not a JSON object")
         return {id: reason for id, reason in recorded.items() if id in self._number and id not in self}
 
     def missing(self) -> list[str]:
@@ -193,8 +195,18 @@ class FeatureStore:
         return [id for id in self._ids if id not in done]
 
     def windows(self) -> int:
-        """How many windows have features here."""
-        return sum(array_length(self._folder(id) / "rows") for id in self.stored())
+        """How many windows have features here.
+
+        Raises:
+            FmsuiteError: if a group is damaged, naming the file.
+        """
+        total = 0
+        for id in self.stored():
+            try:
+                total += array_length(self._folder(id) / "rows")
+            except Damaged as error:
+                raise damage(error.file, error.reason, self._folder(id)) from error
+        return total
 
     def rows_of(self, id: str) -> np.ndarray:
         """(N,) int64, ascending rows of the index that belong to a group, readable or not.
@@ -338,6 +350,20 @@ class FeatureStore:
 
     def _folder(self, id: str) -> Path:
         return self.path / group_key(id)
+
+
+def _read_index(store: Path) -> SampleIndex:
+    """The index inside a store.
+
+    Raises:
+        FmsuiteError: if it is damaged or missing.
+    """
+    try:
+        return SampleIndex.read(store / INDEX)
+    except UsageError as error:
+        raise FmsuiteError(
+            error.message, f"Make the whole store again: `fmsuite embed` with --overwrite, into {store}."
+        ) from error
 
 
 def _matrix(column: Any) -> np.ndarray:

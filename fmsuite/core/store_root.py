@@ -85,7 +85,11 @@ def read_facts(path: Path) -> StoreFacts | None:
         attributes = json.loads((path / _ROOT).read_text(encoding="utf-8"))["attributes"]
         if attributes.pop("format") != FORMAT:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError, TypeError, AttributeError):
+        return None
+    except ValueError as error:
+        if (path / INDEX).is_file() and (path / LOCK).is_file():
+            raise damage(path / _ROOT, str(error), path) from error
         return None
     version = attributes.pop("format_version", None)
     if isinstance(version, int) and version > FORMAT_VERSION:

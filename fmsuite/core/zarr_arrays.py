@@ -66,8 +66,16 @@ def read_array(folder: Path) -> np.ndarray:
 
 
 def array_length(folder: Path) -> int:
-    """Rows of an array, from its description alone."""
-    return int(json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["shape"][0])
+    """Rows of an array, from its description alone.
+
+    Raises:
+        Damaged: naming the file.
+    """
+    file = folder / "zarr.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["shape"][0])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Damaged(file, _one_line(error)) from error
 
 
 def _chunk_file(folder: Path, number: int, dims: int) -> Path:

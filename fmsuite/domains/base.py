@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from fmsuite.core.data.grouping import By
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
@@ -52,6 +53,25 @@ class Overview:
     pitch: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Units:
+    """What a domain calls things, in the singular and without an article.
+
+    Attributes:
+        window: a row of the index; an item of ``bench``.
+        source: a file, or files that are one thing; an item of ``fewshot`` on stores by source.
+        group: what stays on one side of a split.
+    """
+
+    window: str = "window"
+    source: str = "source"
+    group: str = "group"
+
+    def of(self, by: By) -> str:
+        """A group of a feature store."""
+        return {"source": self.source, "group": self.group, "folder": "folder"}[by]
+
+
 class Domain(ABC):
     """A field: how its files become windows, arrays and valid variations of them.
 
@@ -64,6 +84,7 @@ class Domain(ABC):
         Options: the model of the ``data:`` section.
         default_recipe: what ``fmsuite pretrain --domain NAME`` runs.
         recipes: a folder of further recipes, for plugins outside this package.
+        units: what results call its windows, sources and groups.
         parts: a folder in which ``build_index`` may keep what it has finished (see ``tiling.parts``), so that it goes
             on there after an interruption; the caller removes it once the index is written.
     """
@@ -73,6 +94,7 @@ class Domain(ABC):
     Options: ClassVar[type[DomainOptions]]
     default_recipe: ClassVar[str]
     recipes: ClassVar[Path | None] = None
+    units: ClassVar[Units] = Units()
     parts: Path | None = None
 
     def __init__(self, options: DomainOptions) -> None:

@@ -20,6 +20,9 @@ from fmsuite.tiling.sources import SourceFile
 DEFAULT_NAME = "labels.csv"
 """Looked for in every folder that is given, if no labels file is named."""
 
+IGNORE = "none"
+"""As the name of the split column: sides are ignored."""
+
 USUAL_NAMES = {
     "path": ("path", "file", "filename", "slide", "slide_id", "image"),
     "label": ("label", "class", "diagnosis"),
@@ -38,8 +41,8 @@ class LabelOptions(BaseModel):
         path_column: the column that names the source; see ``assign_labels``.
         label_column: the column of classes.
         group_column: the column of what must stay on one side of a split: patient, scene.
-        split_column: the column of sides of the split. Columns that are not named here are found by their usual
-            names, ``USUAL_NAMES``.
+        split_column: the column of sides of the split; ``none`` ignores sides, whatever columns there are. Columns
+            that are not named here are found by their usual names, ``USUAL_NAMES``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -188,8 +191,12 @@ def _read_table(table: Path, options: LabelOptions) -> list[_Line]:
             numbered = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
         raise UsageError(f"{table}: the labels cannot be read ({error.strerror}).", "Check data.labels.") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"{table}: not a CSV file in UTF-8 ({error}).", "Save the table as CSV in UTF-8.") from error
+    except csv.Error as error:
+        raise UsageError(
+            f"{table}: not a CSV file, from line {reader.line_num} on ({error}).", "Close every quote that is opened."
+        ) from error
     rows = [(number, cells) for number, cells in numbered if any(cells)]
     header = rows[0][1] if rows else []
     columns = _columns(table, header, options)
@@ -216,6 +223,8 @@ def _columns(table: Path, header: list[str], options: LabelOptions) -> dict[str,
     found = {}
     for role, usual in USUAL_NAMES.items():
         name = named[role]
+        if role == "split" and name == IGNORE:
+            continue
         if name is None:
             # A column that the user gives one role ("group" as the label of emoji) does not play its usual one too.
             free = {column.lower(): column for column in reversed(header) if column not in named.values()}
@@ -228,6 +237,11 @@ def _columns(table: Path, header: list[str], options: LabelOptions) -> dict[str,
             raise UsageError(f"{table}: there are {header.count(name)} columns '{name}'.", "Rename all but one.")
         found[role] = header.index(name)
     if "path" not in found:
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+            raise UsageError(
+                f"{table}: its columns are not separated by commas; the first line is {header[0]!r}.",
+                "Save the table as CSV with commas.",
+            )
         raise UsageError(
             f"{table}: no column names the sources; it has {', '.join(header) or 'none'}.",
             f"Call one {' or '.join(USUAL_NAMES['path'])}, or name it with path_column.",
@@ -315,7 +329,8 @@ def _refuse_shared_groups(pairs: Iterable[tuple[str | None, str | None]], where:
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         raise UsageError(
             f"{where}: on several sides of the split: {examples}{more}.",
-            "A patient or scene must stay on one side: correct the labels file.",
+            f"A patient or scene must stay on one side: correct the labels file, or ignore sides with split_column="
+            f"{IGNORE}.",
         )
 
 

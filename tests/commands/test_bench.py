@@ -354,6 +354,9 @@ def test_labels_that_allow_no_comparison_are_refused(tmp_path: Path) -> None:
 
     nobody = [Tile(f"{n}.png", None, str(n)) for n in range(3)]
     refused(cohort("unlabelled", nobody), net, out, r"unlabelled: none of the 3 tiles has a label.*labels\.csv")
+    graded = cohort("graded", nobody)
+    (graded / "labels.csv").write_text("path,grade\n0.png,high\n1.png,low\n", encoding="utf-8")
+    refused(graded, net, out, r"has a label.*graded.labels\.csv was read and gives none.*data\.label_column")
     refused(cohort("alone", tiles(8, ("pink",))), net, out, "one class, 'pink'")
     lacking = [*tiles(8, ("pink",)), Tile("x.png", "blue", "x", "train")]
     refused(cohort("lacking", lacking), net, out, "'test' of the split has no window of 'blue'")

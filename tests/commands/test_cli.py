@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def test_version_is_shown(fmsuite: Callable) -> None:
         ("objectives", ["mae", "dino", "ibot", "dinov2"]),
         ("models", ["vit_tiny", "vit_giant2", "timm:NAME"]),
         ("domains", ["pathology", "medical", "remote_sensing", "svg"]),
+        ("methods", ["simpleshot", "mi_simpleshot", "logistic", "knn", "abmil"]),
+        ("tasks", ["knn", "linear_torch", "linear_sklearn", "prototypes", "fewshot"]),
     ],
 )
 def test_list_names_what_there_is(fmsuite: Callable, what: str, expected: list[str]) -> None:
@@ -48,6 +51,7 @@ def test_list_names_what_there_is(fmsuite: Callable, what: str, expected: list[s
         (["pretrain", "--domain", "pathology", "--set", "modell.depth=2"], "'model'"),
         (["pretrain", "--domain", "pathology", "--set", "data.mp=1"], "'mpp'"),
         (["pretrain", "--domain", "pathology", "--set", "model.name=vit_smal"], "'vit_small'"),
+        (["bench", "--domain", "svg", "-e", "x", "--out", "y", "--task", "linear_torc"], "'linear_torch'"),
         (["tile", "--domain", "svg", "x", "--out", "y", "--set", "sice=3"], "'size'"),
     ],
 )
@@ -68,6 +72,8 @@ def test_a_misspelt_name_is_answered_with_the_nearest_right_one(
         (["pretrain", "--domain", "pathology", "--set", "training.batch_size=many"], "training.batch_size"),
         (["pretrain", "--domain", "pathology", "--set", "training.steps"], "expected key=value"),
         (["pretrain", "--domain", "pathology", "--resume"], "--resume needs --out"),
+        (["fewshot", "--features", "f.zarr", "--out", "o", "--shots", "0,2"], "--shots '0,2' has a number below 1"),
+        (["fewshot", "--features", "f.zarr", "--out", "o", "--shots", "abc"], "--shots 'abc' is no list of numbers"),
         (["pretrain", "--domain", "pathology", "--data", "nowhere"], "nowhere: there is no such file or folder"),
         (["pretrain", "--domain", "pathology", "--data", "empty"], "empty: this folder holds no"),
         (["pretrain", "--domain", "pathology", "--data", "nowhere.parquet"], "there is no such index"),
@@ -119,6 +125,18 @@ class FallingRoof(Dataset):
         error = RuntimeError("the roof fell in")
         error.add_note("This was row 3.")
         raise error
+
+
+def test_an_interrupted_command_says_so_and_exits_with_130(fmsuite: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ignored = []
+    monkeypatch.setattr("fmsuite.cli.signal.signal", lambda *given: ignored.append(given))
+    monkeypatch.setattr("fmsuite.commands.report.report", pressed)
+    ran = fmsuite("report", "somewhere")
+    assert (ran.code, ran.text) == (130, "interrupted")
+    assert ignored == [(signal.SIGINT, signal.SIG_IGN)]
 
 
 def test_a_system_error_names_the_file_and_is_no_defect(fmsuite: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

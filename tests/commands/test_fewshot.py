@@ -131,8 +131,12 @@ def test_the_tables_are_readable(compared: Compared) -> None:
     assert float(line["mean"]) == pytest.approx(accuracy(compared.results, "planted", "mi_simpleshot", 16))
     assert float(line["low"]) <= float(line["mean"]) <= float(line["high"])
     with (compared.out / "episodes.csv").open(newline="") as file:
-        support = {line["support"] for line in csv.DictReader(file) if line["shots"] == "1"}
-    assert all(len(names.split()) == 2 for names in support)
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(len(e.episodes) for e in compared.results.evaluations)
+    assert all(len(line["support"].split()) == 2 for line in lines if line["shots"] == "1")
+    episodes = [float(line["auroc"]) for line in lines if {**line, **wanted} == line]
+    [auroc] = [m for m in metrics if m["metric"] == "auroc" and wanted.items() <= m.items()]
+    assert np.mean(episodes) == pytest.approx(float(auroc["mean"]))
 
 
 def test_two_runs_give_the_same_results_apart_from_times(stores: tuple[Path, Path], tmp_path: Path) -> None:
@@ -371,6 +375,48 @@ def test_the_folder_of_other_results_is_left_alone(stores: tuple[Path, Path], tm
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match="folder of a pretraining run"):
         fewshot([stores[0]], tmp_path / "run", **QUICK)
+
+
+def test_the_folder_of_a_store_is_left_alone(stores: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="this is a feature store"):
+        fewshot([stores[0]], stores[0], **QUICK)
+
+
+def test_results_that_a_killed_run_left_half_replaced_are_made_again(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    fewshot([stores[0]], tmp_path / "out", **QUICK)
+    (tmp_path / "out" / "predictions.json").write_text("[]")
+    with pytest.raises(UsageError, match="damaged results"):
+        Results.read(tmp_path / "out")
+    fewshot([stores[0]], tmp_path / "out", **QUICK)
+    assert Results.read(tmp_path / "out").evaluations
+    (tmp_path / "out" / "results.json").write_text("{")
+    with pytest.raises(UsageError, match=r"results.json: damaged, or of another program\. Remove it, or .*--out"):
+        fewshot([stores[0]], tmp_path / "out", **QUICK)
+
+
+def test_results_stay_if_there_is_no_room_for_others(compared: Compared, tmp_path: Path) -> None:
+    compared.results.write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / ".results.json.partial").mkdir()
+    with pytest.raises(FmsuiteError, match="results cannot be written"):
+        compared.results.model_copy(update={"title": "Another"}).write(tmp_path)
+    (tmp_path / ".results.json.partial").rmdir()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_results_of_which_a_part_was_exchanged_are_not_there(
+    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared.results.write(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fmsuite.core.evaluation.results.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compared.results.write(tmp_path)
+    with pytest.raises(UsageError, match=r"results\.json"):
+        Results.read(tmp_path)
 
 
 def test_without_the_source_files_only_pictures_are_missing(compared: Compared) -> None:

@@ -163,6 +163,17 @@ def test_without_mi_simpleshot_or_a_known_domain_there_is_a_note(tmp_path: Path,
     assert any("There is no domain 'radio_astronomy'" in note for note in notes)
 
 
+def test_items_of_one_window_have_no_evidence_inside(tmp_path: Path, index: SampleIndex) -> None:
+    sources = index.table.column("source").to_pylist()
+    alone = index.select([sources.index(source) for source in dict.fromkeys(sources)])
+    store = write_store(tmp_path / "f.zarr", alone, truth_of(COHORT))
+    fewshot([store], tmp_path / "out", **OPTIONS)
+    exhibits = Exhibits.read(tmp_path / "out")
+    assert exhibits.neighbours
+    assert not exhibits.evidence
+    assert any("no evidence from single slides, as each is a single window" in note for note in exhibits.notes)
+
+
 def test_from_fifty_slides_on_a_point_of_the_map_is_a_slide(tmp_path: Path) -> None:
     many = [
         replace(slide, windows=2, split="train" if number < 20 else "test") for number, slide in enumerate(slides(50))

@@ -48,6 +48,26 @@ def test_an_untrained_control_differs_in_its_weights_alone(kind: str, pooling: s
     assert control.embed(images).shape == (2, encoder.dim)
 
 
+def test_the_class_token_of_a_control_depends_on_its_input_whatever_the_layer_scale() -> None:
+    config = ModelConfig(name="vit_tiny", width=16, depth=2, heads=2, patch_size=8, layer_scale=1e-5)
+    encoder = Encoder(VisionTransformer(config, RGB), RGB, "cls", {})
+    images = (torch.arange(4)[:, None, None, None] * 60).expand(4, 3, 32, 32).to(torch.uint8)
+    assert encoder.embed(images).std(0).mean() < 1e-3
+    assert untrained(encoder).embed(images).std(0).mean() > 0.01
+
+
+def test_a_timm_control_has_no_layer_scale_near_zero_either() -> None:
+    spec = RGB.resized(160)
+    encoder = Encoder(TimmBackbone(ModelConfig(name="timm:test_vit2"), spec), spec, "mean", {})
+    scales = [
+        [value for name, value in one.backbone.named_parameters() if name.endswith("gamma")]
+        for one in (encoder, untrained(encoder))
+    ]
+    assert len(scales[0]) == len(scales[1]) == 16
+    assert all(bool((value == 1e-5).all()) for value in scales[0])
+    assert all(bool((value == 1).all()) for value in scales[1])
+
+
 def test_a_seed_decides_the_weights_of_a_control() -> None:
     encoder = encoder_of("vit")
     assert untrained(encoder, 3).identity == untrained(encoder, 3).identity

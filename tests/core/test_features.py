@@ -223,6 +223,35 @@ def test_damage_is_noticed_and_its_file_named(filled: Path, file: str, harm: Cal
     assert len(store["a.svs"].rows) == 4
 
 
+@pytest.mark.parametrize("harm", [_truncate, Path.unlink])
+def test_counting_windows_names_a_damaged_group_too(filled: Path, harm: Callable[[Path], None]) -> None:
+    harm(filled / "b.svs" / "rows" / "zarr.json")
+    with pytest.raises(FmsuiteError, match=r"b\.svs/rows/zarr\.json: damaged .*Remove .*b\.svs and run"):
+        FeatureStore.open(filled).windows()
+
+
+@pytest.mark.parametrize("harm", [_truncate, Path.unlink])
+def test_a_damaged_index_inside_asks_for_the_store_to_be_made_again(
+    filled: Path, facts: StoreFacts, index: SampleIndex, harm: Callable[[Path], None]
+) -> None:
+    harm(filled / "index.parquet")
+    with pytest.raises(FmsuiteError, match=r"index\.parquet: .*--overwrite"):
+        FeatureStore.open(filled)
+    with pytest.raises(FmsuiteError, match=r"index\.parquet: .*--overwrite"):
+        FeatureStore.create_or_resume(filled, facts, index)
+    FeatureStore.create_or_resume(filled, facts, index, overwrite=True).close()
+    assert FeatureStore.open(filled).keys() == list(SIZES)
+
+
+def test_a_damaged_description_or_list_is_named_with_the_way_out(filled: Path) -> None:
+    (filled / "unreadable.json").write_text("[1]")
+    with pytest.raises(FmsuiteError, match=r"unreadable\.json: damaged .*Remove"):
+        FeatureStore.open(filled).missing()
+    _truncate(filled / "zarr.json")
+    with pytest.raises(FmsuiteError, match=r"zarr\.json: damaged .*Remove"):
+        FeatureStore.open(filled)
+
+
 def test_a_group_that_was_removed_is_missing(filled: Path) -> None:
     (filled / "b.svs").rename(filled.with_name("taken out"))
     assert FeatureStore.open(filled).missing() == ["b.svs"]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fmsuite.commands.cohort import units_of
 from fmsuite.domains import base
-from fmsuite.domains.base import domain_names, load_domain
+from fmsuite.domains.base import Units, domain_names, load_domain
 from fmsuite.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,26 @@ def test_a_name_like_no_other_is_answered_with_all() -> None:
         load_domain("zzz")
     assert "Did you mean" not in str(caught.value)
     assert "svg" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("domain", "words"),
+    [
+        ("pathology", ("tile", "slide", "patient")),
+        ("medical", ("window", "volume", "patient")),
+        ("remote_sensing", ("window", "raster", "scene")),
+        ("svg", ("drawing", "drawing", "group")),
+    ],
+)
+def test_each_domain_calls_things_by_its_own_words(domain: str, words: tuple[str, str, str]) -> None:
+    units = load_domain(domain).units
+
+    assert (units.window, units.of("source"), units.of("group")) == words
+    assert units.of("folder") == "folder"
+
+
+def test_a_domain_that_is_not_installed_leaves_general_words() -> None:
+    assert units_of("nowhere") == Units("window", "source", "group")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -118,3 +119,8 @@ def test_an_installed_plugin_trains_from_the_command_line(installed: Path, tmp_p
     run(installed, "-m", "fmsuite", "pretrain", "--domain", "spectra", "--out", str(out), *options, cwd=tmp_path)
     assert (out / "encoder.safetensors").is_file()
     assert (out / "views.png").is_file()
+    judged = tmp_path / "judged"
+    task = ["--task", "knn", "--no-controls", "--workers", "0", "--device", "cpu", "--out", str(judged)]
+    run(installed, "-m", "fmsuite", "bench", "--domain", "spectra", "--encoder", str(out), *task, cwd=tmp_path)
+    assert json.loads((judged / "results.json").read_text())["unit"] == "curve"
+    assert "curves of" in (judged / "report.html").read_text()

@@ -162,6 +162,15 @@ def test_a_column_that_is_named_for_one_role_does_not_play_its_usual_one(tmp_pat
     assert [assigned.of(file) for file in files] == [SourceLabel("faces", "p1"), SourceLabel("faces", "p2")]
 
 
+def test_sides_can_be_ignored(tmp_path: Path) -> None:
+    files = touch(tmp_path, "a.svs", "b.svs")
+    table(tmp_path, "path,label,patient,split\na,x,p1,train\na,x,p1,val\nb,y,p1,test\n")
+    with pytest.raises(UsageError, match="split"):
+        assign(tmp_path, files)
+    assigned = assign(tmp_path, files, split_column="none")
+    assert [assigned.of(file) for file in files] == [SourceLabel("x", "p1"), SourceLabel("y", "p1")]
+
+
 def test_labels_are_found_in_given_folders_named_or_switched_off(tmp_path: Path) -> None:
     files = touch(tmp_path / "data", "a.svs", "sub/b.svs")
     found = table(tmp_path / "data", "path,label\na,x\n")
@@ -255,7 +264,10 @@ def test_a_table_that_fits_nothing_is_refused_with_both_names(tmp_path: Path) ->
     ("content", "message"),
     [
         (b"path,label\n\xff\xfe,x\n", "not a CSV file in UTF-8"),
-        (b'path,label\n"a"b,x\n', "not a CSV file in UTF-8"),
+        (b'path,label\n"a"b,x\n', "not a CSV file, from line 2 on .*quote"),
+        (b'path,label\n"a,x\nb,y\n', "not a CSV file, from line 3 on .*quote"),
+        (b"path;label\na;x\n", "not separated by commas; the first line is 'path;label'"),
+        (b"path\tlabel\na\tx\n", "not separated by commas"),
         (b"", "no column names the sources; it has none"),
         (b"path,label\n", "no lines below the names of its columns"),
         (b"path,label\na,x\n,y\n", r"line 3 names no source\. Fill in its 'path'"),

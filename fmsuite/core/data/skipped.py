@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -74,6 +75,22 @@ class SkippedLog:
             if new:
                 writer.writerow(["path", "stage", "reason"])
             writer.writerow(astuple(entry))
+
+    def forget(self, which: Callable[[Skipped], bool]) -> None:
+        """Take out what is about to be tried again; the file is whole or as before."""
+        kept = [entry for entry in self.entries if not which(entry)]
+        if len(kept) == len(self.entries):
+            return
+        self.entries, self._seen, self._torn = kept, dict.fromkeys(kept), False
+        if self.path is None:
+            return
+        if not kept:
+            self.path.unlink(missing_ok=True)
+            return
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("path", "stage", "reason"), *map(astuple, kept)])
+        os.replace(partial, self.path)
 
     def add_failure(self, failure: ReadFailure) -> None:
         self.add(failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip())

@@ -8,6 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_ROWS = 1 << 14
+"""Vectors that are widened to float64 at once."""
+
 
 @dataclass
 class Bags:
@@ -60,7 +63,8 @@ class Bags:
         if len(self.features) == len(self):
             return self.features
         total = torch.zeros(len(self), self.features.shape[1], dtype=torch.float64)
-        total.index_add_(0, self.bag_of, self.features.double())
+        for features, bag_of in zip(self.features.split(_ROWS), self.bag_of.split(_ROWS), strict=True):
+            total.index_add_(0, bag_of, features.double())
         return (total / self.sizes[:, None]).float()
 
     def rows(self, bags: Tensor) -> Tensor:
@@ -72,5 +76,8 @@ class Bags:
         return starts + torch.arange(int(sizes.sum()))
 
     def with_labels(self, labels: Tensor) -> Bags:
-        """The same bags under other labels."""
-        return Bags(self.features, self.offsets, labels, self.groups, self.classes)
+        """The same bags under other labels, with what has been computed of their features."""
+        other = Bags(self.features, self.offsets, labels, self.groups, self.classes)
+        # Computed here if they were not: many relabellings of the same bags share them.
+        other.__dict__["means"] = self.means
+        return other

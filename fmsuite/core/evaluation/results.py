@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fmsuite.errors import UsageError
+from fmsuite.errors import FmsuiteError, UsageError
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.json"
@@ -167,18 +169,43 @@ class Results(Record):
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write ``results.json`` (all but the predictions), ``predictions.json``, ``results.csv`` (a line for each
-        metric of each evaluation) and ``episodes.csv`` (a line for each episode); each is whole or as before."""
+        metric of each evaluation) and ``episodes.csv`` (a line for each episode).
+
+        Earlier results stay as they are until all of this is on the disk. While files are being exchanged there is no
+        ``results.json``, so that whoever is killed then leaves no results rather than parts of two.
+
+        Raises:
+            FmsuiteError: if a file cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         everything = self.model_dump(mode="json")
         predictions = []
         for evaluation in everything["evaluations"]:
             predictions.append([episode.pop("predictions") for episode in evaluation["episodes"]])
-        _replace(folder / PREDICTIONS, json.dumps(predictions, separators=(",", ":")))
         metrics, episodes = self._rows()
-        _write_csv(folder / TABLE, metrics)
-        _write_csv(folder / EPISODES, episodes)
-        _replace(folder / RESULTS, json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+        texts = {
+            PREDICTIONS: json.dumps(predictions, separators=(",", ":")),
+            TABLE: _as_csv(metrics),
+            EPISODES: _as_csv(episodes),
+            RESULTS: json.dumps(everything, indent=1, ensure_ascii=False) + "\n",
+        }
+        partials = {name: folder / f".{name}.partial" for name in texts}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, partial in partials.items():
+                partial.write_text(texts[name], encoding="utf-8", newline="")
+            (folder / RESULTS).unlink(missing_ok=True)
+            for name, partial in partials.items():
+                os.replace(partial, folder / name)
+        except OSError as error:
+            raise FmsuiteError(
+                f"{folder}: the results cannot be written ({error.strerror or error}).",
+                "Check the folder's permissions and the space left.",
+            ) from error
+        finally:
+            for partial in partials.values():
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Results:
@@ -205,8 +232,9 @@ class Results(Record):
         metrics: list[Sequence[Any]] = [
             ("encoder", "kind", "method", "shots", "shuffled", "metric", "mean", "std", "low", "high", "episodes")
         ]
+        names = list(dict.fromkeys(name for e in self.evaluations for name in e.metrics))
         episodes: list[Sequence[Any]] = [
-            ("encoder", "method", "shots", "shuffled", "episode", "seed", "metric", "value", "support")
+            ("encoder", "method", "shots", "shuffled", "episode", "seed", *names, "support")
         ]
         kinds = {encoder.name: encoder.kind for encoder in self.encoders}
         for e in self.evaluations:
@@ -216,20 +244,12 @@ class Results(Record):
                 metrics.append((e.encoder, kinds[e.encoder], e.method, shots, e.shuffled, name, *values))
             for number, episode in enumerate(e.episodes):
                 support = "" if episode.support is None else " ".join(self.items[i].id for i in episode.support)
-                for name, value in episode.metrics.items():
-                    where = (e.encoder, e.method, shots, e.shuffled, number, episode.seed)
-                    episodes.append((*where, name, value, support))
+                where = (e.encoder, e.method, shots, e.shuffled, number, episode.seed)
+                episodes.append((*where, *(episode.metrics.get(name, "") for name in names), support))
         return metrics, episodes
 
 
-def _write_csv(path: Path, rows: list[Sequence[Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    os.replace(partial, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _as_csv(rows: list[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()

@@ -17,6 +17,9 @@ MIN_GROUPS = 5
 """Fewer groups than that give no interval: their 126 distinct draws are no picture of a population."""
 MIN_GROUPS_A_CLASS = 2
 """Nor does a class with fewer: its share of the spread would be zero."""
+ENOUGH_GROUPS = 10
+"""From so many of each class on, 95% intervals of independent answers of which 0.8 are right hold that in over 90% of
+simulations; with 5 in 88%, with 3 in 73%."""
 
 _CHUNK_VALUES = 1 << 25
 
@@ -46,9 +49,11 @@ def summarise(values: Sequence[float]) -> tuple[float, float | None]:
 def describe(replicates: int = 1000, confidence: float = 0.95) -> str:
     """What the intervals of ``bootstrap`` are, in a sentence or two for the reader of results."""
     return (
-        f"{confidence:.0%} percentile bootstrap: groups (patients) drawn with replacement {replicates:,} times, the "
-        f"metric averaged over the episodes in each draw. None where fewer than {MIN_GROUPS} groups, or fewer than "
-        f"{MIN_GROUPS_A_CLASS} of a class, were asked."
+        f"{confidence:.0%} percentile bootstrap: groups that were asked, which no split divides, drawn with "
+        f"replacement {replicates:,} times, the metric averaged over the episodes in each draw. It says what other "
+        f"groups to ask would change, not what other examples to train on would. Too narrow with fewer than "
+        f"{ENOUGH_GROUPS} groups of a class, and of no width where nothing was wrong, which is no certainty. None "
+        f"where fewer than {MIN_GROUPS} groups, or fewer than {MIN_GROUPS_A_CLASS} of a class, were asked."
     )
 
 

@@ -111,15 +111,16 @@ def judge(
         features: (S, D) float32 of every item. labels: (S,) int64 below ``classes``. groups: (S,) int64.
         encoder: name of what made the features.
         seed: of the bootstrap over groups and of the shuffles, the same for every encoder.
-        shuffled: the control: training labels are shuffled by group, ``SHUFFLES`` times, each an episode. Its interval
-            is that of the mean over shuffles, which are independent draws: one shuffle gives all windows that look
-            alike the same wrong label, which a bootstrap over the groups that were asked knows nothing of. It has 99%
-            confidence, as it raises an alarm where it misses chance.
+        shuffled: the control: labels are shuffled by group within each side, ``SHUFFLES`` times, each an episode, as
+            few-shot draws do. (Were those that are asked left as they are, classes of unequal size and spread would be
+            off chance without any leak: the larger is answered where groups lie mixed, and one group's label where they
+            do not.) The interval is that of the mean over shuffles, which are independent draws: one shuffle gives all
+            windows that look alike the same wrong label, which a bootstrap over the groups that were asked knows
+            nothing of. It has 99% confidence, as it raises an alarm where it misses chance.
         rescale: divide the features by their root mean square on the training side. The penalty of the linear probes
             presumes the scale of features after a layer norm; much smaller ones (shares of a histogram) it holds down.
     """
     train, test = features[split.train], features[split.test]
-    known, target = labels[split.train], labels[split.test]
     scored, episodes, notes = [], [], dict[str, None]()
     if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
         train, test = train / size, test / size
@@ -128,7 +129,10 @@ def judge(
     settings: dict[str, Any] = {}
     for number in range(SHUFFLES if shuffled else 1):
         own = derive(seed, "shuffle", number) >> 31 if shuffled else seed
-        shown = shuffled_labels(known, groups[split.train], own) if shuffled else known
+        shown, target = (
+            shuffled_labels(labels[side], groups[side], own, role) if shuffled else labels[side]
+            for role, side in enumerate((split.train, split.test))
+        )
         answer = TASKS[task].answer(train, shown, test, classes)
         predictions = torch.full((len(labels),), -1)
         predictions[split.test] = answer.predicted

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
+from fmsuite.core.evaluation.paired import paired_difference
 from fmsuite.core.evaluation.results import EncoderFacts, Estimate, Evaluation, Results
 from fmsuite.core.reports.wording import (
     chance_level,
+    controlled,
     decimal,
     estimated,
     listed,
@@ -24,6 +28,8 @@ EQUAL = 0.0005
 """Differences below this vanish in three decimals."""
 NEAR_CHANCE = 0.05
 """How far from chance a shuffled control without an interval may lie."""
+
+_ROUNDING = 1e-9
 
 Relation = Literal["overlap", "apart", "unknown"]
 
@@ -54,13 +60,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Rival:
-    """Something that the best is held against, with its difference: positive where the best is higher."""
+    """Something that the best is held against, with its difference: positive where the best is higher.
+
+    Attributes:
+        paired: interval of the difference, both asked about the same items; ``None`` where it cannot be had.
+        relation: of the difference to zero; where there is no interval of it, of the two intervals to each other.
+    """
 
     name: str
     evaluation: Evaluation
     estimate: Estimate
     difference: float
     relation: Relation
+    paired: tuple[float, float] | None
 
     @property
     def beaten(self) -> bool:
@@ -143,7 +155,24 @@ def _rival(
     if evaluation is None:
         return None
     mine, its = of(best, results.primary), of(evaluation, results.primary)
-    return _Rival(called or evaluation.encoder, evaluation, its, mine.mean - its.mean, relation(mine, its))
+    paired = _paired(results, best, evaluation)
+    state = relation(mine, its)
+    if paired is not None:
+        state = "overlap" if paired[0] <= 0 <= paired[1] else "apart"
+    return _Rival(called or evaluation.encoder, evaluation, its, mine.mean - its.mean, state, paired)
+
+
+def _paired(results: Results, one: Evaluation, other: Evaluation) -> tuple[float, float] | None:
+    """The interval of their difference, if the metric follows from the predictions and these were kept."""
+    sides = []
+    for evaluation in (one, other):
+        kept = [episode.predictions for episode in evaluation.episodes]
+        if results.primary != "balanced_accuracy" or not all(len(row) == len(results.items) for row in kept):
+            return None
+        sides.append(np.array(kept))
+    labels = np.array([item.label for item in results.items])
+    _, groups = np.unique([item.group for item in results.items], return_inverse=True)
+    return paired_difference(sides[0], sides[1], labels, groups, seed=results.facts.seed)
 
 
 def relation(one: Estimate, other: Estimate) -> Relation:
@@ -155,7 +184,7 @@ def relation(one: Estimate, other: Estimate) -> Relation:
 
 def _controls(results: Results, facts: EncoderFacts, best: Evaluation, shots: int | None) -> list[_Rival]:
     untrained = [encoder for encoder in results.encoders if encoder.kind == "untrained"]
-    own = [encoder for encoder in untrained if encoder.control_of == facts.name]
+    own = [encoder for encoder in untrained if facts.name in controlled(encoder)]
     histograms = [encoder for encoder in results.encoders if encoder.kind == "histogram"]
     candidates = [
         ("the same network untrained", own),
@@ -213,19 +242,33 @@ def _chance_sentence(results: Results, best: Evaluation) -> str:
 def _interval_sentences(controls: Sequence[_Rival]) -> list[str]:
     """What the intervals say about each difference, controls of one kind together."""
     sentences: list[str] = []
-    for state, said in (
-        ("apart", "Its interval lies wholly above {whose}."),
-        ("overlap", "{it} overlaps {whose}, so {what} may be chance."),
-        ("unknown", "There are no intervals to say whether {what} may be chance."),
+    for state, paired, said in (
+        ("apart", True, "On the same items, the interval of its difference from {names} excludes zero."),
+        (
+            "overlap",
+            True,
+            "On the same items, the interval of its difference from {names} holds zero: it may be chance.",
+        ),
+        ("apart", False, "Its interval lies wholly above {whose}."),
+        ("overlap", False, "{it} overlaps {whose}, so {what} may be chance."),
+        ("unknown", False, "There are no intervals to say whether {what} may be chance."),
     ):
-        names = [rival.name for rival in controls if rival.beaten and rival.relation == state]
+        beaten = [rival for rival in controls if rival.beaten and (rival.paired is not None) == paired]
+        names = [rival.name for rival in beaten if rival.relation == state]
         if names:
             whose = f"{'those' if len(names) > 1 else 'that'} of {listed(names)}"
             what = "these differences" if len(names) > 1 else "this difference"
             it = "It" if sentences else "Its interval"
-            sentences.append(said.format(whose=whose, what=what, it=it))
+            each = f"each of {listed(names)}" if len(names) > 1 else names[0]
+            sentences.append(said.format(whose=whose, what=what, it=it, names=each))
     for rival in controls:
-        if rival.difference <= -EQUAL:
+        if rival.difference <= -EQUAL and rival.paired is not None:
+            sure = rival.relation == "apart"
+            sentences.append(
+                f"On the same items, the interval of the difference from {rival.name} "
+                + ("excludes zero." if sure else f"holds zero, so {rival.name} may be better by chance.")
+            )
+        elif rival.difference <= -EQUAL:
             said = {
                 "overlap": f"The intervals of the two overlap, so {rival.name} may be better by chance.",
                 "apart": f"The interval of {rival.name} lies wholly above it.",
@@ -243,7 +286,14 @@ def _next_sentence(rival: _Rival | None) -> str:
         "apart": "the intervals do not overlap",
         "unknown": "there are no intervals to say whether the order could be chance",
     }[rival.relation]
+    if rival.paired is not None:
+        ending = "so the order of the two may be chance" if rival.relation == "overlap" else "which excludes zero"
+        said = f"on the same items it is {decimal(rival.difference)} {_bounds(rival.paired)} behind, {ending}"
     return f"The next encoder, {rival.name}, reaches {estimated(rival.estimate)}; {said}."
+
+
+def _bounds(interval: tuple[float, float]) -> str:
+    return f"({decimal(interval[0])} to {decimal(interval[1])})"
 
 
 def _finding(rival: _Rival, best: Evaluation) -> Finding:
@@ -255,10 +305,14 @@ def _finding(rival: _Rival, best: Evaluation) -> Finding:
     else:
         where = f"{decimal(abs(rival.difference))} {'lower' if rival.beaten else 'higher'}"
     said = {"overlap": "the intervals overlap", "apart": "the intervals do not overlap", "unknown": "no intervals"}
+    compared = said[rival.relation]
+    if rival.paired is not None:
+        low, high = rival.paired if rival.beaten or rival.level else (-rival.paired[1], -rival.paired[0])
+        compared = f"on the same items the difference is within {_bounds((low, high))}"
     kind: Literal["good", "bad", "open"] = "good" if rival.relation == "apart" else "open"
     if not rival.beaten:
         kind = "bad"
-    return Finding(kind, f"{who}: {estimated(rival.estimate)}{how}, {where}; {said[rival.relation]}.")
+    return Finding(kind, f"{who}: {estimated(rival.estimate)}{how}, {where}; {compared}.")
 
 
 def _shuffled(results: Results, best: Evaluation) -> tuple[list[str], Finding | None]:
@@ -291,8 +345,14 @@ def _shuffled(results: Results, best: Evaluation) -> tuple[list[str], Finding | 
     text = f"Shuffled labels, all {len(rows)} rows: {off or 'none'} above chance"
     bounded = [of(e, results.primary) for e in rows]
     if off and all(e.low is not None for e in bounded):
-        text += f" (95% intervals miss it upwards in about {0.025 * len(rows):.1f} rows by luck)"
+        text += f" (intervals miss it upwards in about {sum(map(_missed, rows)):.1g} rows by luck)"
     return [said], Finding(kind, f"{text}.")
+
+
+def _missed(shuffled: Evaluation) -> float:
+    """How often an interval lies above what it should hold: on the whole training side it is a 99% interval over
+    shuffles (``tiles.SHUFFLED_INTERVAL``), in few-shot draws the 95% of ``statistics.bootstrap``."""
+    return 0.005 if shuffled.shots is None else 0.025
 
 
 def chance_of(estimate: Estimate, chance: float) -> Literal["at", "above", "below"]:
@@ -300,9 +360,10 @@ def chance_of(estimate: Estimate, chance: float) -> Literal["at", "above", "belo
     ``NEAR_CHANCE``."""
     low = estimate.mean - NEAR_CHANCE if estimate.low is None else estimate.low
     high = estimate.mean + NEAR_CHANCE if estimate.high is None else estimate.high
-    if low > chance:
+    # A classifier that always gives one answer has an interval without width, at chance to the last few digits.
+    if low > chance + _ROUNDING:
         return "above"
-    return "below" if high < chance else "at"
+    return "below" if high < chance - _ROUNDING else "at"
 
 
 def _fewest(results: Results, best: Evaluation) -> list[Finding]:

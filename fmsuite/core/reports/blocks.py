@@ -18,11 +18,12 @@ _MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what stands under it; ``legend`` pairs a swatch with its meaning."""
+    """A chart with what stands over and under it; ``legend`` pairs a swatch with its meaning."""
 
     svg: str
-    caption: str
+    caption: str = ""
     legend: list[tuple[str, str]] = field(default_factory=list)
+    heading: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ LETTER, LONGEST_LABEL, LABEL_GAP = 7.4, 20, 15.0
 STEPS_HEIGHT = 220.0
 MOST_POINTS = 300
 MAP_SIDE, MAP_MARGIN = 400.0, 12.0
+SHUFFLED = "shuffled labels"
 
 Look = Literal["encoder", "control", "shuffled"]
 
@@ -27,7 +28,8 @@ class Curve:
         x, y: (P,) its points, x rising.
         low, high: (P,) the band, ``None`` where there is no interval; empty for no band at all.
         mark: colour and shape, see ``svg.mark_path``.
-        look: controls are dashed with hollow marks, shuffled ones dotted without marks.
+        look: controls are dashed with hollow marks, shuffled ones dotted without marks (a dot where there is only one
+            point).
     """
 
     name: str
@@ -49,6 +51,8 @@ def shot_curves(
 ) -> str:
     """A metric against the number of labelled items, which is on a doubling scale.
 
+    All curves with shuffled labels share one name, ``SHUFFLED``, at the mean of their ends: they should lie together.
+
     Args:
         key: unique on the page.
         chance: where a line marks what guessing gives.
@@ -56,7 +60,9 @@ def shot_curves(
     shown = [value for curve in curves for value in (*curve.y, *(end for _, *ends in curve.band for end in ends))]
     x = Axis.doubling(x_label, (int(value) for curve in curves for value in curve.x))
     y = Axis.linear(y_label, shown if chance is None else [*shown, chance])
-    names = [curve.name for curve in curves] + (["chance"] if chance is not None else [])
+    named = [curve for curve in curves if curve.look != "shuffled"]
+    shuffled = [(place, value) for *_, place, value in _ends([c for c in curves if c.look == "shuffled"])]
+    names = [curve.name for curve in named] + [SHUFFLED] * bool(shuffled) + ["chance"] * (chance is not None)
     right = min(max(map(len, names), default=0), LONGEST_LABEL) * LETTER + 18
     height = max(HEIGHT, TOP + BOTTOM + LABEL_GAP * len(names))
     plot = Plot(x, y, LEFT, TOP, WIDTH - LEFT - right, height - TOP - BOTTOM)
@@ -66,7 +72,10 @@ def shot_curves(
         level = plot.at(x.low, chance)[1]
         parts.append(tag("line", class_="chance", x1=LEFT, x2=LEFT + plot.width, y1=level, y2=level))
     parts += [_curve(plot, curve) for curve in order]
-    ends = [(name, look, mark, plot.at(last_x, last_y)) for name, look, mark, last_x, last_y in _ends(curves)]
+    ends = [(name, look, mark, plot.at(last_x, last_y)) for name, look, mark, last_x, last_y in _ends(named)]
+    if shuffled:
+        furthest, level = max(place for place, _ in shuffled), sum(value for _, value in shuffled) / len(shuffled)
+        ends.append((SHUFFLED, "shuffled", 0, plot.at(furthest, level)))
     if chance is not None:
         ends.append(("chance", "chance", 0, plot.at(x.high, chance)))
     parts.append(_labels(plot, ends))
@@ -186,6 +195,10 @@ def _curve(plot: Plot, curve: Curve, marks: bool = True) -> str:
         shapes = [mark_path(curve.mark, *plot.at(x, y), 3.4) for run in _runs(curve) for x, y in run]
         if shapes:
             parts.append(tag("path", class_=f"{solid} {mark_class(curve.mark)}", d="".join(shapes)))
+    if curve.look == "shuffled":
+        lone = [mark_path(0, *plot.at(*run[0]), 1.8) for run in _runs(curve) if len(run) == 1]
+        if lone:
+            parts.append(tag("path", class_="solid muted", d="".join(lone)))
     return tag("g", tag("title", text(curve.name)) if curve.name else "", *parts)
 
 

@@ -65,7 +65,7 @@ def feature_map(
             "Embed again, or look at what the encoder makes of that window.",
         )
     chosen = balanced_sample(classes, limit, seed)
-    points, method = _embed(directions(values)[chosen].double().numpy(), seed)
+    points, method = _embed(directions(values, chosen).double().numpy(), seed)
     if len(chosen) < len(values):
         method += f" {len(chosen)} of {len(values)} features, drawn so that classes are as equal as they can be."
     points -= (points.max(axis=0) + points.min(axis=0)) / 2

@@ -66,21 +66,23 @@ def choose_queries(
     return np.array(chosen, dtype=np.int64)
 
 
-def directions(features: Tensor) -> Tensor:
+def directions(features: Tensor, places: np.ndarray | None = None) -> Tensor:
     """Features without their mean, L2-normalised: what k-NN and prototypes compare, and what the pictures show.
 
     Some encoders give all their features one large common part, beside which every cosine is near 1.
 
     Args:
         features: (N, D) float.
+        places: (P,) positions of those that are wanted; all, if not given. The mean is that of all.
 
     Returns:
-        (N, D) float32. A feature that equals the mean to float32 resolution has no direction, and becomes zero.
+        (N, D) or (P, D) float32. A feature that equals the mean to float32 resolution has no direction: it is zero.
     """
     values = features.detach().cpu().float()
     # NumPy's sum, unlike torch's, does not depend on the number of threads.
     mean = torch.from_numpy(values.numpy().mean(axis=0, dtype=np.float64))
-    centred = (values - mean).float()
+    chosen = values if places is None else values[torch.from_numpy(places)]
+    centred = (chosen - mean).float()
     length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     floor = float(torch.finfo(torch.float32).eps * torch.linalg.vector_norm(mean))
     return torch.where(length > floor, centred / length, 0.0)
@@ -167,8 +169,9 @@ def neighbours(
         image: Image.Image | None = images.get(int(index_rows[place]))
         if image is None:
             return None
-        caption = f"{named(place)}{remark}, {names[place]}"
-        return Picture.of(image, f"{title}: {caption}", caption, int(codes[place]) if codes[place] >= 0 else None)
+        label = int(codes[place]) if codes[place] >= 0 else None
+        caption = f"{names[place]}{remark}" if label is not None else f"no label, {names[place]}"
+        return Picture.of(image, f"{title}: {named(place)}{remark}, {names[place]}", caption, label)
 
     found: list[Neighbours] = []
     alone = unreadable = 0

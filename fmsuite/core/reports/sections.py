@@ -68,6 +68,7 @@ class ComparisonSection:
     full: FullTable
     metrics: list[tuple[str, str]]
     curves: list[Figure]
+    shuffled_curves: bool
     matrices: list[Matrix]
     matrices_of: str
     hard: list[Hard]
@@ -114,6 +115,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
             if name in METRICS
         ],
         curves=_curves(results, marks, keys),
+        shuffled_curves=any(e.shuffled and e.shots is not None for e in results.evaluations),
         matrices=[matrix(e, results.classes) for e in same],
         matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit)}" if best else "",
         hard=hardest(results, best) if best is not None else [],
@@ -167,7 +169,7 @@ def _curves(results: Results, marks: dict[str, int], keys: Iterator[str]) -> lis
                 x_label=f"labelled {plural(results.unit)} a class",
                 chance=chance_level(results.primary, len(results.classes)),
             )
-            figures.append(Figure(svg, method_name(method)))
+            figures.append(Figure(svg, heading=method_name(method)))
     return figures
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation, Results
 from fmsuite.core.reports.wording import (
     chance_level,
+    controlled,
     decimal,
     interval,
+    listed,
     method_name,
     metric_name,
     of,
@@ -261,7 +263,7 @@ KINDS = {"encoder": "encoder", "untrained": "control: untrained", "histogram": "
 
 
 def encoder_line(facts: EncoderFacts) -> EncoderLine:
-    kind = KINDS[facts.kind] + (f", of {facts.control_of}" if facts.control_of else "")
+    kind = KINDS[facts.kind] + (f", of {listed(owners)}" if (owners := controlled(facts)) else "")
     provenance = [(str(key), str(value)) for key, value in facts.provenance.items() if value not in (None, "", [], {})]
     return EncoderLine(facts.name, kind, facts.dim, facts.pooling or "–", facts.identity, provenance)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fmsuite.core.evaluation.results import Estimate, Evaluation
+from fmsuite.core.evaluation.results import EncoderFacts, Estimate, Evaluation
 
 METHOD_NAMES = {
     "simpleshot": "SimpleShot",
@@ -68,6 +68,14 @@ def supervision(shots: int | None, unit: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def controlled(facts: EncoderFacts) -> list[str]:
+    """The encoders that an untrained one is the control of; where several share it, the provenance names all."""
+    several = facts.provenance.get("control_of")
+    if isinstance(several, list) and several:
+        return [str(name) for name in several]
+    return [facts.control_of] if facts.control_of else []
 
 
 def shots_name(shots: int | None) -> str:

@@ -13,7 +13,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.domains.base import Domain, Progress, no_progress
+from fmsuite.domains.base import Domain, Progress, Units, no_progress
 from fmsuite.domains.medical.intensity import Intensity, foreground, standardisation
 from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.volumes import SUFFIXES, Volume, load_volume, monai_transforms, resampling
@@ -42,6 +42,7 @@ class MedicalDomain(Domain):
     title: ClassVar[str] = "3D volumes (NIfTI): MR and CT"
     Options: ClassVar[type[MedicalOptions]] = MedicalOptions
     default_recipe: ClassVar[str] = "medical-mae"
+    units: ClassVar[Units] = Units(source="volume", group="patient")
 
     options: MedicalOptions
 

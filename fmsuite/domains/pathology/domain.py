@@ -14,7 +14,7 @@ import pyarrow as pa
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec, rgb_channels
-from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, Units, no_progress
 from fmsuite.domains.pathology.augment import StainedTissueAugmentation
 from fmsuite.domains.pathology.example import make_example
 from fmsuite.domains.pathology.options import AUGMENTATION, PathologyOptions
@@ -35,6 +35,7 @@ class PathologyDomain(Domain):
     title: ClassVar[str] = "Whole-slide images (SVS, NDPI, MRXS, SCN, BIF, TIFF, OME-TIFF, DICOM) and tile images"
     Options: ClassVar[type[DomainOptions]] = PathologyOptions
     default_recipe: ClassVar[str] = "pathology-simclr"
+    units: ClassVar[Units] = Units(window="tile", source="slide", group="patient")
     options: PathologyOptions
 
     def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:

@@ -11,7 +11,7 @@ import numpy as np
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, Units, no_progress
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
 from fmsuite.domains.remote_sensing.indexing import build_index, reader_of
@@ -34,6 +34,7 @@ class RemoteSensingDomain(Domain):
     title: ClassVar[str] = "multispectral and SAR rasters: GeoTIFF, COG, VRT, JPEG 2000; single dates and time series"
     Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
     default_recipe: ClassVar[str] = "remote-sensing-mae"
+    units: ClassVar[Units] = Units(source="raster", group="scene")
 
     options: RemoteSensingOptions
 

@@ -20,7 +20,7 @@ from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec, rgb_channels
-from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, Units, no_progress
 from fmsuite.domains.svg.augmentation import SvgAugmentation
 from fmsuite.domains.svg.example import write_example
 from fmsuite.domains.svg.render import Rgba, colour
@@ -101,6 +101,7 @@ class SvgDomain(Domain):
     title: ClassVar[str] = "Vector graphics (SVG), rendered at the resolution each view asks for"
     Options: ClassVar[type[DomainOptions]] = SvgOptions
     default_recipe: ClassVar[str] = "svg-mae"
+    units: ClassVar[Units] = Units(window="drawing", source="drawing")
 
     options: SvgOptions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -203,6 +204,21 @@ def test_nodata_never_bleeds(seed: int, box: tuple, size: tuple, bad: float, per
     weight = np.einsum("cyx,iy,jx->cij", (~valid).astype(float), rows, columns)
     clear = (weight == 0) | (weight > 1e-6)
     assert (got.valid == (weight == 0))[clear].all()
+
+
+@pytest.mark.parametrize(("length", "size"), [(11, 21), (33, 63), (1500, 900), (2200, 4200)])
+def test_rounding_does_not_take_nodata_beside_an_output_for_mixed_in(length: int, size: int) -> None:
+    # Outputs whose centres fall on a sample's take nothing of its neighbours, exactly; binary fractions cannot say so.
+    valid = np.ones((1, 3, length), dtype=bool)
+    valid[..., 6::7] = False
+    got = ArraySample(noise((1, 3, length)), valid).crop((0, 0), (3, length), (2, size)).valid
+    assert got is not None
+    scale, half = Fraction(length, size), max(Fraction(length, size), Fraction(1))
+    for out in range(size):
+        centre = (out + Fraction(1, 2)) * scale
+        near = range(max(0, math.floor(centre - half) - 1), min(length, math.ceil(centre + half) + 1))
+        touched = [sample for sample in near if abs(sample + Fraction(1, 2) - centre) < half]
+        assert (got[0, :, out] == all(sample % 7 != 6 for sample in touched)).all(), out
 
 
 def test_eight_bit_nodata_never_bleeds_either() -> None:

@@ -7,7 +7,7 @@ from scipy import stats
 
 from fmsuite.core.evaluation import statistics
 from fmsuite.core.evaluation.metrics import METRICS, score
-from fmsuite.core.evaluation.statistics import MIN_GROUPS, Scored, bootstrap, describe, summarise
+from fmsuite.core.evaluation.statistics import ENOUGH_GROUPS, MIN_GROUPS, Scored, bootstrap, describe, summarise
 from fmsuite.core.seeding import generator
 from fmsuite.errors import UsageError
 
@@ -161,3 +161,24 @@ def test_summaries_and_their_description() -> None:
     assert (mean, std) == pytest.approx((0.5, np.std([0.2, 0.4, 0.9], ddof=1)))
     assert "95%" in describe()
     assert "2,000 times" in describe(2000)
+
+
+def test_intervals_of_few_groups_are_too_narrow_as_their_description_says() -> None:
+    random = np.random.default_rng(0)
+
+    def held(groups: int) -> float:
+        """How often the interval of independent answers, 0.8 of them right, holds 0.8."""
+        target = torch.arange(2).repeat_interleave(groups)
+        count = 0
+        for trial in range(200):
+            right = torch.from_numpy(random.random(len(target)) < 0.8)
+            predicted = torch.where(right, target, 1 - target)
+            scored = Scored(torch.arange(len(target)), torch.eye(2)[predicted], predicted, target)
+            bounds = bootstrap([scored], torch.arange(len(target)), 2, 200, seed=trial)["balanced_accuracy"]
+            assert bounds is not None
+            count += bounds[0] - 1e-9 <= 0.8 <= bounds[1] + 1e-9
+        return count / 200
+
+    assert held(3) < 0.82
+    assert held(2 * ENOUGH_GROUPS) > 0.88
+    assert f"Too narrow with fewer than {ENOUGH_GROUPS} groups" in describe()

@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from fmsuite.core.evaluation.results import Evaluation
-from fmsuite.core.evaluation.splits import Split
+from fmsuite.core.evaluation.splits import Split, shuffled_labels
 from fmsuite.core.evaluation.tiles import SHUFFLED_T, SHUFFLES, TASKS, judge, knn
 
 Data = tuple[Tensor, Tensor, Tensor]
@@ -154,10 +154,11 @@ def test_judging_trains_on_one_side_and_scores_the_other() -> None:
 
 def test_shuffled_labels_give_an_interval_over_shuffles_that_holds_chance() -> None:
     found, labels, split = _judged(shuffled=True, task="linear_sklearn")
-    values = [
-        balanced_accuracy_score(labels[split.test].numpy(), np.array(episode.predictions)[150:])
-        for episode in found.episodes
-    ]
+    values = []
+    for episode in found.episodes:
+        target = shuffled_labels(labels[split.test], torch.arange(40).repeat_interleave(2), episode.seed, 1)
+        values.append(balanced_accuracy_score(target.numpy(), np.array(episode.predictions)[150:]))
+        assert episode.metrics["balanced_accuracy"] == pytest.approx(values[-1])
     estimate = found.metrics["balanced_accuracy"]
     assert len(values) == SHUFFLES
     assert len({episode.seed for episode in found.episodes}) == SHUFFLES
@@ -166,6 +167,24 @@ def test_shuffled_labels_give_an_interval_over_shuffles_that_holds_chance() -> N
     assert np.mean(values) - reach < 1 / 3 < np.mean(values) + reach
     true, _, _ = _judged(shuffled=False, task="linear_sklearn")
     assert true.metrics["balanced_accuracy"].mean > np.mean(values) + reach
+
+
+@pytest.mark.parametrize("task", ["knn", "linear_sklearn"])
+@pytest.mark.parametrize("scattered", [0, 1])
+def test_shuffled_labels_of_unequal_classes_are_at_chance_if_one_is_scattered(task: str, scattered: int) -> None:
+    """Every group of the one class lies by itself, those of the other lie together; the first is three times larger."""
+    found = []
+    for seed in range(2):
+        random = torch.Generator().manual_seed(seed)
+        labels = torch.cat([torch.zeros(360), torch.ones(120)]).long()
+        groups = torch.arange(480) // 6
+        features = torch.randn(480, 8, generator=random) + 6 * labels[:, None]
+        features += 5 * torch.randn(80, 8, generator=random)[groups] * (labels == scattered)[:, None]
+        asked = groups % 3 == 0
+        split = Split((~asked).nonzero().flatten(), asked.nonzero().flatten())
+        found.append(judge(task, features, labels, groups, split, 2, encoder="net", seed=seed, shuffled=True))
+    means = [evaluation.metrics["balanced_accuracy"].mean for evaluation in found]
+    assert abs(np.mean(means) - 0.5) < 0.02
 
 
 def test_the_shuffles_follow_the_seed() -> None:

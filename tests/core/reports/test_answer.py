@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from fmsuite.core.evaluation.results import Estimate
+from fmsuite.core.evaluation.results import Episode, Estimate, Results
 from fmsuite.core.reports.answer import answer, chance_of, relation
-from tests.core.reports.factory import HISTOGRAM, MINE, OWN_CONTROL, encoder_facts, estimate, make_results
+from fmsuite.core.reports.tables import encoder_line
+from tests.core.reports import factory
+from tests.core.reports.factory import HISTOGRAM, MINE, OWN_CONTROL, encoder_facts, estimate
 
 Scores = dict[tuple[str, str, int | None, bool], Estimate]
+
+
+def make_results(*arguments: Any, **options: Any) -> Results:
+    """Results whose predictions were not kept, so that the intervals of each are all there is to compare."""
+    results = factory.make_results(*arguments, **options)
+    for evaluation in results.evaluations:
+        for episode in evaluation.episodes:
+            episode.predictions = []
+    return results
+
+
+def predicted(results: Results, number: int, wrong: int) -> None:
+    """Evaluation ``number`` gets every item right but the first ``wrong``."""
+    labels = [item.label for item in results.items]
+    answers = [(label + 1) % 3 if place < wrong else label for place, label in enumerate(labels)]
+    results.evaluations[number].episodes[:] = [Episode(seed=0, metrics={}, predictions=answers)]
 
 
 def scores(mine: Estimate, untrained: Estimate, histogram: Estimate, shuffled: Estimate | None) -> Scores:
@@ -138,6 +157,18 @@ def test_many_shuffled_rows_are_counted() -> None:
     assert finding.text.startswith("Shuffled labels, all 2 rows: 1 above chance")
 
 
+@pytest.mark.parametrize(("shots", "luck"), [(4, "0.5"), (None, "0.1")])
+def test_how_many_shuffled_rows_miss_by_luck_goes_by_their_intervals(shots: int | None, luck: str) -> None:
+    """Few-shot rows have 95% intervals, those of the whole training side 99%."""
+    found: Scores = {("e", f"m{n}", shots, True): estimate(0.5 if n == 0 else 0.33, 0.02) for n in range(20)}
+    found["e", "m0", shots, False] = estimate(0.9)
+    finding = next(finding for finding in answer(make_results(found)).findings if "Shuffled" in finding.text)
+
+    assert finding.text == (
+        f"Shuffled labels, all 20 rows: 1 above chance (intervals miss it upwards in about {luck} rows by luck)."
+    )
+
+
 def test_the_nearest_shuffled_row_is_named_if_it_is_not_the_best_ones() -> None:
     found = scores(estimate(0.9), estimate(0.8), estimate(0.7), None)
     found[HISTOGRAM, "logistic", 4, True] = estimate(0.34)
@@ -253,6 +284,17 @@ def test_an_untrained_network_is_that_of_its_encoder() -> None:
     assert "0.300 above the same network untrained." in answer(make_results(found, encoders=facts)).headline
 
 
+def test_an_untrained_network_may_be_the_control_of_several() -> None:
+    shared = encoder_facts("a0", "untrained", "other").model_copy(
+        update={"provenance": {"control_of": ["other", MINE]}}
+    )
+    facts = [encoder_facts(MINE), encoder_facts("other"), shared]
+    found: Scores = {(name, "knn", None, False): estimate(mean, 0.01) for name, mean in ((MINE, 0.9), ("a0", 0.7))}
+
+    assert "0.200 above the same network untrained." in answer(make_results(found, encoders=facts)).headline
+    assert encoder_line(shared).kind == f"control: untrained, of other and {MINE}"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "wanted"),
     [
@@ -278,3 +320,46 @@ def test_intervals_overlap_if_they_have_a_value_in_common(one: Estimate, other: 
 )
 def test_chance_is_within_the_interval_or_near(score: Estimate, wanted: str) -> None:
     assert chance_of(score, 0.5) == wanted
+
+
+@pytest.mark.parametrize("classes", [5, 10, 19, 21])
+def test_a_classifier_that_always_gives_one_answer_is_at_chance(classes: int) -> None:
+    """Its interval has no width, and sums of its recalls are off by a rounding error or two."""
+    chance = 1 / classes
+    for mean in (chance - 3e-17, chance, chance + 3e-17):
+        assert chance_of(Estimate(mean=mean, std=0.0, low=mean, high=mean), chance) == "at"
+
+
+def test_what_was_predicted_for_the_same_items_settles_differences_that_intervals_leave_open() -> None:
+    results = make_results(scores(estimate(0.90, 0.05), estimate(0.88, 0.05), estimate(0.89, 0.05), None))
+    assert "may be chance" in answer(results).support[0]
+    for number, wrong in enumerate((0, 30, 1)):
+        predicted(results, number, wrong)
+    said = answer(results)
+    assert said.support[:2] == [
+        "On the same items, the interval of its difference from the same network untrained excludes zero.",
+        "On the same items, the interval of its difference from the colour histogram holds zero: it may be chance.",
+    ]
+    assert [finding.kind for finding in said.findings] == ["good", "open"]
+    assert "0.020 lower; on the same items the difference is within (0." in said.findings[0].text
+
+
+def test_a_difference_to_its_disadvantage_is_told_from_chance_in_the_same_way() -> None:
+    results = make_results(scores(estimate(0.90, 0.05), estimate(0.80, 0.05), estimate(0.92, 0.05), None))
+    for number, wrong in enumerate((30, 40, 0)):
+        predicted(results, number, wrong)
+    said = answer(results)
+    assert "On the same items, the interval of the difference from the colour histogram excludes zero." in said.support
+    assert said.findings[1].kind == "bad"
+    assert "0.020 higher; on the same items the difference is within (0." in said.findings[1].text
+
+
+def test_the_next_encoder_is_compared_on_the_same_items() -> None:
+    results = make_results(
+        {(MINE, "knn", None, False): estimate(0.90, 0.05), ("other", "knn", None, False): estimate(0.85, 0.05)}
+    )
+    predicted(results, 0, 0)
+    predicted(results, 1, 25)
+    assert any(
+        "on the same items it is 0.050 (0." in line and "excludes zero" in line for line in answer(results).support
+    )

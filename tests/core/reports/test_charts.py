@@ -75,6 +75,29 @@ def test_controls_and_shuffled_labels_differ_by_more_than_colour() -> None:
     }
 
 
+def test_shuffled_curves_share_one_name_at_the_mean_of_their_ends() -> None:
+    curves = [
+        Curve("mine", [1, 4], [0.5, 1.0]),
+        Curve("mine, shuffled", [1, 4], [0.0, 0.4], look="shuffled"),
+        Curve("other, shuffled", [1, 4], [0.2, 0.2], look="shuffled"),
+    ]
+    drawing = shot_curves("k", curves, title="t", y_label="y", x_label="x")
+
+    assert [label[0].tail for label in parts(drawing, "text", "label")] == ["mine", "shuffled labels"]
+    assert len(parts(drawing, "path", "line", "shuffled")) == 2
+    # The plot is 220 high, from 0 to 1: 0.3 lies at 34 + 0.7 * 220.
+    assert corners(parts(drawing, "path", "tie")[1])[0][1] == pytest.approx(188)
+    assert "other, shuffled: 0.200 at 1, 0.200 at 4." in drawing
+
+
+def test_a_shuffled_curve_of_one_point_is_a_dot() -> None:
+    curves = [Curve("mine", [1, 4], [0.5, 1.0]), Curve("mine, shuffled", [4], [0.5], look="shuffled")]
+    drawing = shot_curves("k", curves, title="t", y_label="y", x_label="x")
+
+    assert not parts(drawing, "path", "line", "shuffled")
+    assert len(parts(drawing, "path", "solid", "muted")) == 1
+
+
 def test_a_drawing_says_in_words_what_it_shows() -> None:
     drawing = shot_curves(
         "k7", [Curve("a", [1, 2], [0.5, 0.75], [0.4, 0.7], [0.6, 0.8])], title="T", y_label="y", x_label="x"

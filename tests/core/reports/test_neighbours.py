@@ -66,6 +66,12 @@ def test_a_feature_at_the_mean_has_no_direction() -> None:
     assert directions(torch.tensor([[0.0, 0], [2, 0], [1, 0]])).tolist() == [[-1, 0], [1, 0], [0, 0]]
 
 
+def test_directions_of_some_are_from_the_mean_of_all() -> None:
+    features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) + 3
+    places = np.array([7, 2, 29])
+    assert torch.equal(directions(features, places), directions(features)[places])
+
+
 def test_queries_are_held_out_and_alternate_between_right_and_wrong() -> None:
     labels = np.repeat([0, 1, 2], 20)
     held_out = np.arange(60) % 2 == 1
@@ -104,8 +110,8 @@ def test_pictures_and_captions_belong_to_the_windows_found(windows: dict) -> Non
         notes=notes,
         predicted=predicted,
     )
-    assert first.query.caption == "benign (taken for tumour), slide 0"
-    assert second.query.caption == "tumour, slide 1"
+    assert first.query.caption == "slide 0 (taken for tumour)"
+    assert second.query.caption == "slide 1"
     for shown, query in ((first, 0), (second, 9)):
         expected = by_hand(windows, query, 5)
         assert [picture.image.getpixel((0, 0))[0] for picture in shown.nearest] == [p + 100 for p, _ in expected]

@@ -190,7 +190,7 @@ def test_sections_of_equal_titles_are_told_apart_by_their_folders(tmp_path: Path
 
 def test_controls_stand_apart(tmp_path: Path) -> None:
     page = render(read(write_comparison(tmp_path, few_shot_results())))
-    table = re.findall(r"<table>.*?</table>", page, re.S)[0]
+    table = re.findall(r'<table class="scores.*?</table>', page, re.S)[0]
     bodies = re.findall(r"<tbody(.*?)>(.*?)</tbody>", table, re.S)
 
     assert [("control" in attributes, MINE in body) for attributes, body in bodies] == [

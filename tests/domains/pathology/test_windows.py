@@ -27,7 +27,7 @@ def build(*paths: Path, **options: object) -> tuple[SampleIndex, dict[str, str]]
 
 def test_windows_lie_on_tissue_in_level_0_pixels_of_the_true_resolution(example_index: SampleIndex) -> None:
     facts = example_index.metadata["sources"]
-    assert len(facts) == 10
+    assert len(facts) == 16
     for row in range(0, len(example_index), 17):
         window = example_index[row]
         mpp = facts[window.source]["mpp"]
@@ -43,7 +43,7 @@ def test_windows_lie_on_tissue_in_level_0_pixels_of_the_true_resolution(example_
     assert {example_index[row].split for row in range(len(example_index))} == {"train", "test"}
     assert example_index.label_names == ["glandular", "solid"]
     assert example_index.metadata["versions"]["openslide"]
-    assert example_index.metadata["labels"]["matched"] == 10
+    assert example_index.metadata["labels"]["matched"] == 16
 
 
 def test_building_twice_gives_the_same_index(example: Path, example_index: SampleIndex) -> None:

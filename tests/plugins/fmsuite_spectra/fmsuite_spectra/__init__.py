@@ -14,7 +14,7 @@ from fmsuite.core.data.sample import ArraySample, Sample
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.core.seeding import generator
-from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Progress, Units, no_progress
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.labels import DEFAULT_NAME, LabelOptions, assign_labels
 from fmsuite.tiling.sources import find_files
@@ -64,6 +64,7 @@ class SpectraDomain(Domain):
     title = "One-dimensional spectra (CSV, one number a line)"
     Options = SpectraOptions
     default_recipe = "spectra-mae"
+    units = Units(window="curve", source="curve", group="substance")
     recipes = Path(__file__).parent / "recipes"
     options: SpectraOptions
 
