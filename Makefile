@@ -9,13 +9,13 @@ DEMO ?= demo
 demo: setup
 	$(BIN)/fmsuite example-data --domain pathology --out $(DEMO)/slides
 	$(BIN)/fmsuite tile --domain pathology $(DEMO)/slides --recipe pathology-simclr --out $(DEMO)/index.parquet --preview
-	$(BIN)/fmsuite pretrain --domain pathology --data $(DEMO)/index.parquet --out $(DEMO)/run
-	$(BIN)/fmsuite embed --encoder $(DEMO)/run --index $(DEMO)/index.parquet --out $(DEMO)/features/pretrained.zarr
-	$(BIN)/fmsuite embed --encoder untrained:$(DEMO)/run --index $(DEMO)/index.parquet --out $(DEMO)/features/untrained.zarr
+	$(BIN)/fmsuite pretrain --domain pathology --data $(DEMO)/index.parquet --out $(DEMO)/simclr
+	$(BIN)/fmsuite embed --encoder $(DEMO)/simclr --index $(DEMO)/index.parquet --out $(DEMO)/features/pretrained.zarr
+	$(BIN)/fmsuite embed --encoder untrained:$(DEMO)/simclr --index $(DEMO)/index.parquet --out $(DEMO)/features/untrained.zarr
 	$(BIN)/fmsuite embed --encoder histogram --index $(DEMO)/index.parquet --out $(DEMO)/features/histogram.zarr
 	$(BIN)/fmsuite fewshot --features $(DEMO)/features/pretrained.zarr --features $(DEMO)/features/untrained.zarr \
 		--features $(DEMO)/features/histogram.zarr --out $(DEMO)/fewshot --no-report
-	$(BIN)/fmsuite report $(DEMO)/fewshot $(DEMO)/run --out $(DEMO)/report.html
+	$(BIN)/fmsuite report $(DEMO)/fewshot $(DEMO)/simclr --out $(DEMO)/report.html
 
 test: setup lint types unit docs
 
