@@ -285,7 +285,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for features, results and the report.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="Labelled files, folders or one index.parquet; without it, example data."),
+        typer.Option(
+            "--data", help="Folders of labelled files, their CSV, or an index.parquet; example data if absent."
+        ),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Cut the windows that this recipe trains on.")] = None,
     task: Annotated[

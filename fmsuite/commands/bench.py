@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmsuite.commands.comparison import Compared, Start, leave, open_out, short_names
 from fmsuite.commands.contenders import Contender, contenders, embed_all, has_features
-from fmsuite.commands.labelled_windows import LabelledWindows, asked_options, named
+from fmsuite.commands.labelled_windows import LabelledWindows, asked_options, named, with_labels_file
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, parts_of
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
@@ -91,7 +91,8 @@ def bench(
 
     Args:
         encoders: anything ``setup.open_encoder`` opens.
-        data: files, folders or one ``index.parquet``; example data if empty. Sides of the split are those of the data,
+        data: files, folders, a CSV that labels the folder it lies in, or one ``index.parquet``; example data if empty.
+            Sides of the split are those of the data,
             ``train`` and ``test``; where these name none, a split by group is made.
         tasks: names in ``tiles.TASKS``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
         seed: of the split, the draws, the shuffles and the bootstrap.
@@ -109,12 +110,13 @@ def bench(
     _check(encoders, tasks, shots, episodes, batch_size)
     tasks = TASK_NAMES if ALL in tasks else tasks
     place = choose_device(device)
+    data, overrides = with_labels_file([Path(path) for path in data], overrides)
     plugin = open_domain(domain, domain_options(domain, overrides, recipe))
     models = {name: open_encoder(what) for name, what in zip(short_names(encoders), encoders, strict=True)}
     parts = parts_of(out / "index.parquet")
     skipped = open_out(out, "bench", strict, keep_skipped=has_features(out) or parts.is_dir())
     plugin.parts = parts
-    paths = [Path(path) for path in data] or [_example_data(plugin)]
+    paths = data or [_example_data(plugin)]
     plugin, whole = open_index(plugin, paths, skipped, progress, asked_options(overrides))
     windows = LabelledWindows.of(whole, seed, plugin.units.window, named(paths))
     allowed, notes = _shots(windows, shots) if FEWSHOT in tasks else ([], [])

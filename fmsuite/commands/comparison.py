@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,6 +23,7 @@ from fmsuite.core.evaluation.results import RESULTS, Facts, Results
 from fmsuite.core.reports.exhibits import Exhibits
 from fmsuite.core.store_root import read_facts
 from fmsuite.core.training.run_folder import RunFolder
+from fmsuite.core.versions import package_versions
 from fmsuite.errors import UsageError
 
 Kind = Literal["bench", "fewshot"]
@@ -69,7 +69,7 @@ class Start:
             started=self.at,
             seconds=round(time.monotonic() - self.clock, 3),
             seed=seed,
-            versions=_versions(),
+            versions=package_versions(_PACKAGES),
             python=platform.python_version(),
             platform=platform.platform(),
             index_hash=index_hash,
@@ -194,13 +194,3 @@ def _numbered(names: Sequence[str]) -> list[str]:
         taken.add(candidate)
         unique.append(candidate)
     return unique
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

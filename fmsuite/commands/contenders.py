@@ -92,9 +92,18 @@ def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool)
         shape = json.dumps(description(encoder.backbone, encoder.spec, encoder.pooling), sort_keys=True)
         alike.setdefault(shape, []).append(name)
     for names in alike.values():
-        found.append(Contender(f"untrained {names[0]}", "untrained", untrained(encoders[names[0]]), tuple(names)))
-    found.append(Contender(HISTOGRAM, "histogram", Histogram(data)))
+        name = _free(f"untrained {names[0]}", found)
+        found.append(Contender(name, "untrained", untrained(encoders[names[0]]), tuple(names)))
+    found.append(Contender(_free(HISTOGRAM, found), "histogram", Histogram(data)))
     return found
+
+
+def _free(name: str, found: Sequence[Contender]) -> str:
+    """The name, or with "control" before it where an encoder's store would have the same file name."""
+    taken = {file_name(contender.name) for contender in found}
+    while file_name(name) in taken:
+        name = f"control {name}"
+    return name
 
 
 def has_features(out: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,6 +179,29 @@ class LabelledWindows:
                 )
             )
         return found
+
+
+def with_labels_file(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """A CSV among the data stands for the folder that it lies in, labelled by it.
+
+    Returns:
+        The paths with that folder in its place, and the overrides with ``data.labels``.
+
+    Raises:
+        UsageError: for several such files, or one beside a ``data.labels`` of the user's.
+    """
+    tables = [path for path in paths if path.suffix.lower() == ".csv"]
+    if not tables:
+        return list(paths), list(overrides)
+    if len(tables) > 1 or "labels" in asked_options(overrides):
+        raise UsageError(
+            f"{tables[0]}: labels come from one CSV, and more were given.",
+            "Give one CSV as the data, or folders of tiles and one CSV with --set data.labels=FILE.",
+        )
+    if not tables[0].is_file():
+        raise UsageError(f"{tables[0]}: there is no such file.", "Check --data.")
+    folders = [path.absolute().parent if path is tables[0] else path for path in paths]
+    return folders, [*overrides, f"data.labels={json.dumps(str(tables[0].absolute()))}"]
 
 
 def asked_options(overrides: Collection[str]) -> set[str]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -28,6 +27,7 @@ from fmsuite.core.inputs import InputSpec
 from fmsuite.core.tokens import PatchGrid
 from fmsuite.core.training.precision import Precision, autocast
 from fmsuite.core.training.progress import ProgressReport, silent
+from fmsuite.core.versions import package_versions
 from fmsuite.errors import FmsuiteError
 
 DEFAULT_BATCH_SIZE = 64
@@ -96,7 +96,7 @@ def store_facts(
         by=by,
         batch_size=batch_size,
         precision=precision,
-        versions={"fmsuite": __version__, **{package: version(package) for package in _PACKAGES}},
+        versions={"fmsuite": __version__, **package_versions(_PACKAGES)},
         command=list(command),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,41 @@ def test_bench_writes_its_page_beside_the_results(fmsuite: Callable, cohort: Coh
     results = json.loads((out / "results.json").read_text())
     assert {e["kind"] for e in results["encoders"]} == {"encoder", "untrained", "histogram"}
     assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_a_csv_of_tiles_stands_for_its_folder(fmsuite: Callable, cohort: Cohort, tmp_path: Path) -> None:
+    tiles = tmp_path / "tiles, all of them"
+    shutil.copytree(cohort.images, tiles)
+    table = shutil.copy(cohort.labels, tiles / "my grades.csv")
+    options = ["--set", f"size={SIZE}", "--set", "label_column=grade", "--set", "group_column=case"]
+    task = ["--encoder", cohort.encoder, "--task", "knn", "--no-controls", "--no-report"]
+    ran = fmsuite("bench", "--domain", "pathology", *task, "--data", table, *options, "--out", tmp_path / "bench")
+    assert ran.code == 0, ran.text
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert results["classes"] == ["high", "low"]
+    assert len(results["items"]) == 4 * IMAGES
+    twice = fmsuite(
+        "bench", "--domain", "pathology", *task, "--data", table, "--set", f"labels={table}", "--out", tmp_path / "b"
+    )
+    assert twice.code == 2
+    assert "one CSV" in twice.text
+
+
+def test_an_encoder_called_histogram_does_not_meet_the_control_of_that_name(
+    fmsuite: Callable, cohort: Cohort, tmp_path: Path
+) -> None:
+    shutil.copytree(cohort.encoder, tmp_path / "histogram")
+    options = ["--set", f"size={SIZE}", "--set", f"labels={cohort.labels}", "--set", "label_column=grade"]
+    options += ["--set", "group_column=case", "--task", "knn", "--no-report", "--encoder", str(tmp_path / "histogram")]
+    ran = fmsuite("bench", "--domain", "pathology", "--data", cohort.images, *options, "--out", tmp_path / "bench")
+    assert ran.code == 0, ran.text
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    kinds = {e["name"]: e["kind"] for e in results["encoders"]}
+    assert kinds == {
+        "histogram": "encoder",
+        "untrained histogram": "untrained",
+        "control histogram": "histogram",
+    }
 
 
 @pytest.mark.parametrize(

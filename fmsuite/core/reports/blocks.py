@@ -153,13 +153,3 @@ def evidence_block(shown: Evidence, album: Album) -> EvidenceBlock:
 def skipped_list(entries: Sequence[Skipped]) -> SkippedList:
     stages = Counter(entry.stage for entry in entries)
     return SkippedList(len(entries), stages.most_common(), list(entries[:FIRST_SKIPPED]))
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

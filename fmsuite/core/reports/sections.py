@@ -16,7 +16,6 @@ from fmsuite.core.reports.blocks import (
     NeighbourRow,
     Repeat,
     SkippedList,
-    duration,
     evidence_block,
     map_figure,
     neighbour_row,
@@ -49,6 +48,7 @@ from fmsuite.core.reports.wording import (
     shots_name,
     supervision,
 )
+from fmsuite.core.training.progress import format_seconds
 
 
 @dataclass
@@ -181,7 +181,7 @@ def _repeat(results: Results) -> Repeat:
             ("seed", str(facts.seed)),
             ("hash of the index", facts.index_hash),
             ("started", facts.started),
-            ("took", duration(facts.seconds)),
+            ("took", format_seconds(facts.seconds)),
             ("Python", facts.python),
             ("platform", facts.platform),
         ],

@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from fmsuite.core.config import RunConfig
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED_NAME
 from fmsuite.core.distributed import world_size
 from fmsuite.core.training.checkpoint import list_checkpoints
+from fmsuite.core.versions import package_versions
 from fmsuite.errors import UsageError
 
 _PACKAGES = ("timm", "numpy", "zarr", "pyarrow", "pydantic", "monai", "albumentations", "rasterio")
@@ -107,7 +107,7 @@ class RunFolder:
             "python": platform.python_version(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "ranks": world_size(),
-            "versions": {"fmsuite": __version__, "torch": torch.__version__, **_versions()},
+            "versions": {"fmsuite": __version__, "torch": torch.__version__, **package_versions(_PACKAGES)},
         }
         facts = {
             "seed": config.seed,
@@ -132,16 +132,6 @@ class RunFolder:
             raise UsageError(
                 f"{self.facts_path}: not valid JSON ({error}).", "Remove it to go on without it."
             ) from error
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _replace_text(path: Path, text: str) -> None:
