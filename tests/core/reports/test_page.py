@@ -206,6 +206,7 @@ def test_confusion_matrices_hold_counts_and_shares_of_the_row(tmp_path: Path) ->
     results.evaluations[0].confusion = [[3, 1, 0], [0, 1234, 0], [0, 0, 0]]
     page = render(read(write_comparison(tmp_path, results)))
     matrix = re.findall(r'<table class="matrix">.*?</table>', page, re.S)[0]
+    assert "Predictions of kNN, with the whole training side." in page
 
     cells = re.findall(r'<td style="--s:([\d.]+)">([\d,]+)<span>(.*?)</span>', matrix)
     assert cells == [
