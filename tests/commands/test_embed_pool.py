@@ -109,12 +109,14 @@ def test_processes_store_the_same_bytes(
     assert reason.startswith("49 of 49 windows of '4.png' left out")
 
 
-def test_a_control_is_the_same_everywhere(index: Path, tmp_path: Path) -> None:
-    for what in ("histogram",):
-        paths = [tmp_path / f"{processes}.zarr" for processes in (0, 2)]
-        for processes, path in enumerate(paths):
-            embed(what, index, path, workers=0, device="cpu", processes=2 * processes)
-        assert content(paths[0]) == content(paths[1])
+@pytest.mark.parametrize("control", ["histogram", "untrained:"])
+def test_a_control_is_the_same_everywhere(control: str, encoder: str, index: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{processes}.zarr" for processes in (0, 1)]
+    for processes, path in enumerate(paths):
+        what = control + encoder if control.endswith(":") else control
+        embed(what, index, path, workers=0, device="cpu", processes=processes)
+    assert content(paths[0])
+    assert content(paths[0]) == content(paths[1])
 
 
 def test_what_kills_every_worker_costs_only_itself(
