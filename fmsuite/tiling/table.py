@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fmsuite.core.data.index import SCHEMA, SampleIndex, Window
+
+_BATCH_ROWS = 1 << 16
 
 
 def window_table(
@@ -60,12 +64,68 @@ def window_table(
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def join_tables(tables: Sequence[pa.Table], metadata: dict[str, Any]) -> SampleIndex:
-    """One index of many sources' rows, in the given order; of none, an index without rows."""
-    if not tables:
-        return SampleIndex.from_windows([], metadata)
-    table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-    return SampleIndex(table.cast(SCHEMA), metadata)
+def join_tables(tables: Iterable[pa.Table], metadata: dict[str, Any], file: Path | None = None) -> SampleIndex:
+    """One index of many sources' rows, in the given order; of none, an index without rows.
+
+    The tables are taken one by one. How they were cut has no influence on what comes out.
+
+    Args:
+        file: where to put the rows. They are then read from there when they are needed, and take no memory; the file
+            may be removed once the index is open. ``None`` keeps them in memory.
+    """
+    names: dict[str, dict[str, int]] = {entry.name: {} for entry in SCHEMA if pa.types.is_dictionary(entry.type)}
+    coded = pa.schema([(entry.name, pa.int32() if entry.name in names else entry.type) for entry in SCHEMA])
+    with pa.BufferOutputStream() if file is None else pa.OSFile(str(file), "wb") as sink:
+        with pa.ipc.new_file(sink, coded) as writer:
+            for batch in _batches(tables, _BATCH_ROWS):
+                writer.write_table(_coded(batch, names, coded))
+        stored = sink.getvalue() if file is None else None
+    table = pa.ipc.open_file(pa.memory_map(str(file)) if stored is None else stored).read_all()
+    columns = [_named(table.column(name), names.get(name)) for name in SCHEMA.names]
+    return SampleIndex(pa.table(columns, schema=SCHEMA), metadata)
+
+
+def _batches(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of ``rows`` each, but for the last."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        if count < rows:
+            continue
+        whole = pa.concat_tables(waiting)
+        for start in range(0, count - rows + 1, rows):
+            yield whole.slice(start, rows)
+        left = count % rows
+        waiting, count = [whole.slice(count - left)] if left else [], left
+    if count:
+        yield pa.concat_tables(waiting)
+
+
+def _coded(table: pa.Table, names: dict[str, dict[str, int]], schema: pa.Schema) -> pa.Table:
+    """With numbers for texts; ``names`` grows by those met for the first time, in the order of the rows."""
+    table = table.unify_dictionaries().combine_chunks()
+    columns = []
+    for name in schema.names:
+        column = table.column(name).combine_chunks()
+        if name in names:
+            texts, known = column.dictionary.to_pylist(), names[name]
+            numbers = np.zeros(len(texts) + 1, np.int32)
+            for code in pc.unique(column.indices.drop_null()).to_pylist():
+                numbers[code] = known.setdefault(texts[code], len(known))
+            codes = column.indices.fill_null(len(texts)).to_numpy()
+            column = pa.array(numbers[codes], mask=column.is_null().to_numpy(zero_copy_only=False))
+        columns.append(column)
+    return pa.table(columns, schema=schema)
+
+
+def _named(column: pa.ChunkedArray, names: dict[str, int] | None) -> pa.ChunkedArray:
+    if names is None:
+        return column
+    texts = pa.array(list(names), pa.string())
+    kind = pa.dictionary(pa.int32(), pa.string())
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(chunk, texts) for chunk in column.chunks], kind)
 
 
 @dataclass(frozen=True)
