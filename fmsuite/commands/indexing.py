@@ -11,6 +11,8 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import Skipped, SkippedLog
 from fmsuite.core.pool import run_units
@@ -78,9 +80,9 @@ def build_index(
     if settled is not None:
         tasks = settled
         looking.look(tasks, progress, f"{domain.units.source}s, second look")
-    index = join_tables(looking.tables(tasks), {}, None if parts is None else parts / _JOINED)
+    found = [source for source in looking.found(tasks) if looking.has_rows(source.task)]
+    index = join_tables(looking.tables(found), {}, parts / _JOINED if parts is not None and found else None)
     with looking.log() as log:
-        found = [source for source in looking.found(tasks) if looking.has_rows(source.task)]
         metadata = domain.index_metadata(index, found, log)
     skipped.put_first(looking.lines)
     index.metadata = {"domain": domain.name, "options": options, **sources.metadata, **metadata}
@@ -172,9 +174,8 @@ class _Looking:
         kept = self.store.get(self._key(task))
         return kept is not None and bool(kept.rows)
 
-    def tables(self, tasks: Sequence[SourceTask]) -> Iterator[object]:
-        keys = map(self._key, tasks)
-        return self.store.tables(key for key in keys if self.store.get(key) is not None)
+    def tables(self, found: Sequence[SourceFacts]) -> Iterator[pa.Table]:
+        return self.store.tables(self._key(source.task) for source in found)
 
     def _looks(self, tasks: Sequence[SourceTask], said: dict[int, Sequence[Skipped]]) -> Generator[None, None, None]:
         """Yields as often as there are tasks, whenever one is done."""
@@ -194,7 +195,7 @@ class _Looking:
                     number = missing[place]
                     said[number] = [Skipped.of(looked)] if isinstance(looked, ReadFailure) else looked.notes
                     self._record(said[number])
-                    if isinstance(looked, SourceRows) and (looked.table is None or looked.table.num_rows):
+                    if isinstance(looked, SourceRows) and (looked.rows is None or len(looked.rows)):
                         self.store.add(self._key(tasks[number]), looked)
                     yield
         finally:
@@ -229,11 +230,15 @@ class _Looking:
         threads = max(1, min(self.domain.at_once, len(tasks)))
         may_move = may_move and threads == 1 and _spare_cores() > 1
         started = time.monotonic()
+        groups = (
+            bundled(tasks, range(len(tasks)), threads) if threads > 1 else [[number] for number in range(len(tasks))]
+        )
         work = partial(IndexWork, self.domain, threads)
-        with closing(run_units(work, [[task] for task in tasks])) as outcomes:
-            for done, outcome in enumerate(outcomes, 1):
-                assert outcome.result is not None
-                yield outcome.result[0]
+        done = 0
+        with closing(run_units(work, [[tasks[number] for number in group] for group in groups])) as outcomes:
+            for outcome in outcomes:
+                yield from outcome.result or ()
+                done += len(outcome.unit)
                 taken = time.monotonic() - started
                 if may_move and taken > MOVE_AFTER_S and taken / done * (len(tasks) - done) > WORTH_S:
                     return

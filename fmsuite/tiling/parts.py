@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmsuite import __version__
-from fmsuite.core.data.index import SCHEMA
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.errors import FmsuiteError
+from fmsuite.tiling.table import windows_table
 from fmsuite.tiling.tasks import SourceRows, SourceTask
 
 _SOURCES_KEY = b"fmsuite sources"
@@ -36,7 +36,7 @@ class Kept:
     """What is known of a source that was looked at; its rows are on disk.
 
     Attributes:
-        rows: how many; ``None`` for a source without a table (``tasks.SourceRows``).
+        rows: how many; ``None`` for a source without, which depends on others (``tasks.SourceRows``).
         facts, notes: as there.
         segment, start: where its rows are.
     """
@@ -80,7 +80,7 @@ class PartStore:
 
     def add(self, key: str, found: SourceRows) -> None:
         """Keep a source's rows; they are on disk soon, and after ``flush``."""
-        rows = None if found.table is None else found.table.num_rows
+        rows = None if found.rows is None else len(found.rows)
         # As they will be read back: a second start must not tell them from those of the first.
         facts = json.loads(json.dumps(found.facts))
         self._kept[key] = Kept(rows, facts, found.notes, len(self._segments), self._waiting_rows)
@@ -94,8 +94,7 @@ class PartStore:
         """Write what is waiting; the file is whole or absent."""
         if not self._waiting:
             return
-        tables = [SCHEMA.empty_table(), *(found.table for _, found in self._waiting if found.table is not None)]
-        table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        table = windows_table([found.rows for _, found in self._waiting if found.rows is not None])
         if self.folder is None:
             self._segments.append(table)
         else:
@@ -126,7 +125,7 @@ class PartStore:
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for key, found in self._waiting:
-            rows = None if found.table is None else found.table.num_rows
+            rows = None if found.rows is None else len(found.rows)
             lines.append([key, rows, found.facts, [astuple(note) for note in found.notes]])
         path = folder / f"{self._decided_by}-{time.time_ns():020d}.parquet"
         partial = path.with_suffix(f".{os.getpid()}")

@@ -16,50 +16,63 @@ from fmsuite.core.data.index import SCHEMA, SampleIndex, Window
 _BATCH_ROWS = 1 << 16
 
 
-def window_table(
-    source: str,
-    group: str,
-    positions: np.ndarray,
-    extent: Sequence[float],
-    spacing: Sequence[float] = (),
-    content: np.ndarray | float = 1.0,
-    label: str | None = None,
-    split: str | None = None,
-) -> pa.Table:
-    """Rows of one source, whose windows all have one size.
+@dataclass(frozen=True)
+class WindowRows:
+    """Rows of one source.
 
-    Args:
+    Attributes:
         source, group, label, split: as in ``core.data.index.Window``, the same for every row.
         positions: (N, A) corners in the source's finest coordinates.
         extent: (A,) size of every window, same coordinates.
         spacing: (A,) physical length of one unit; empty where unknown.
         content: (N,) or one number.
-
-    Returns:
-        A table with the columns of ``core.data.index.SCHEMA``.
     """
-    count = len(positions)
 
-    def text(value: str | None) -> pa.Array:
-        codes = pa.array(np.zeros(count, np.int32), mask=np.full(count, value is None))
-        return pa.DictionaryArray.from_arrays(codes, pa.array([] if value is None else [value], pa.string()))
+    source: str
+    group: str
+    positions: np.ndarray
+    extent: Sequence[float]
+    spacing: Sequence[float] = ()
+    content: np.ndarray | float = 1.0
+    label: str | None = None
+    split: str | None = None
 
-    def numbers(values: np.ndarray) -> pa.Array:
-        offsets = np.arange(count + 1, dtype=np.int32) * values.shape[1]
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values).reshape(-1)))
+    def __len__(self) -> int:
+        return len(self.positions)
 
-    def repeated(values: Sequence[float]) -> np.ndarray:
-        return np.tile(np.asarray(values, dtype=np.float64), (count, 1))
 
+NO_ROWS = WindowRows("", "", np.zeros((0, 0)), ())
+
+
+def windows_table(rows: Sequence[WindowRows]) -> pa.Table:
+    """Rows of one source after the other, with the columns of ``core.data.index.SCHEMA``."""
+    rows = [each for each in rows if len(each)] or [NO_ROWS]
+    counts = np.array([len(each) for each in rows])
+
+    def texts(values: Sequence[str | None]) -> pa.Array:
+        names = {name: code for code, name in enumerate(dict.fromkeys(value for value in values if value is not None))}
+        codes = np.array([-1 if value is None else names[value] for value in values], np.int32).repeat(counts)
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(list(names), pa.string()))
+
+    def lists(values: Sequence[np.ndarray]) -> pa.Array:
+        lengths = np.array([value.shape[1] for value in values]).repeat(counts)
+        offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        flat = np.concatenate([np.asarray(value, dtype=np.float64).reshape(-1) for value in values])
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+    def repeated(value: Sequence[float], count: int) -> np.ndarray:
+        return np.broadcast_to(np.asarray(value, dtype=np.float64), (count, len(value)))
+
+    content = [np.broadcast_to(np.asarray(each.content, dtype=np.float32), (len(each),)) for each in rows]
     columns = {
-        "source": text(source),
-        "group": text(group),
-        "position": numbers(np.asarray(positions, dtype=np.float64)),
-        "extent": numbers(repeated(extent)),
-        "spacing": numbers(repeated(spacing)),
-        "content": pa.array(np.broadcast_to(np.asarray(content, dtype=np.float32), (count,)).copy()),
-        "label": text(label),
-        "split": text(split),
+        "source": texts([each.source for each in rows]),
+        "group": texts([each.group for each in rows]),
+        "position": lists([np.asarray(each.positions) for each in rows]),
+        "extent": lists([repeated(each.extent, len(each)) for each in rows]),
+        "spacing": lists([repeated(each.spacing, len(each)) for each in rows]),
+        "content": pa.array(np.concatenate(content)),
+        "label": texts([each.label for each in rows]),
+        "split": texts([each.split for each in rows]),
     }
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
@@ -142,7 +155,7 @@ class SourceWindows:
 
 
 def windows_by_source(index: SampleIndex) -> Iterator[SourceWindows]:
-    """The windows of each source of an index made by ``window_table``, sources in the order of their first windows."""
+    """The windows of each source of an index, sources in the order of their first windows."""
     if not len(index):
         return
     column = index.table.column("source").cast(pa.string()).to_numpy(zero_copy_only=False)

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from fmsuite.core.data.index import SCHEMA
 from fmsuite.core.data.skipped import Skipped, SkippedLog
 from fmsuite.tiling.labels import LabelOptions, SourceLabel, assign_labels
 from fmsuite.tiling.sources import SourceFile, find_files
-from fmsuite.tiling.table import window_table
+from fmsuite.tiling.table import NO_ROWS, WindowRows
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,10 @@ class SourceTask:
         spacing: Sequence[float] = (),
         content: np.ndarray | float = 1.0,
         group: str | None = None,
-    ) -> pa.Table:
-        """Its windows, as ``table.window_table`` makes them, with its path, group, label and side of the split."""
+    ) -> WindowRows:
+        """Its windows, with its path, group, label and side of the split; see ``table.WindowRows``."""
         known = self.known
-        return window_table(
-            self.path, group or self.group, positions, extent, spacing, content, known.label, known.split
-        )
+        return WindowRows(self.path, group or self.group, positions, extent, spacing, content, known.label, known.split)
 
     def identity(self) -> str:
         """Equal for equal tasks whose files have not changed since: in path, size and time of change."""
@@ -83,21 +79,21 @@ class SourceRows:
     """What ``Domain.index_source`` found.
 
     Attributes:
-        table: rows as in ``core.data.index.SCHEMA`` (``SourceTask.rows`` makes them). ``None`` where they depend on
-            other sources: then ``Domain.settle_sources`` decides what becomes of this one.
+        rows: its windows, as ``SourceTask.rows`` makes them. ``None`` where they depend on other sources: then
+            ``Domain.settle_sources`` decides what becomes of this one.
         facts: small JSON values, for ``settle_sources`` and ``index_metadata``.
         notes: lines of ``skipped.csv`` about parts of the source that are left out. Of a source without rows they say
             why it has none.
     """
 
-    table: pa.Table | None
+    rows: WindowRows | None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[Skipped, ...] = ()
 
     @classmethod
     def unused(cls, *notes: Skipped) -> SourceRows:
         """Of a source that gives no rows, for several reasons; where there is one, ``index_source`` raises it."""
-        return cls(SCHEMA.empty_table(), notes=notes)
+        return cls(NO_ROWS, notes=notes)
 
 
 @dataclass(frozen=True)

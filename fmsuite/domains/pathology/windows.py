@@ -164,9 +164,9 @@ def _image_rows(source: PixelSource, task: SourceTask, options: PathologyOptions
     positions, extent = tile_windows(shape, options.size, options.step, scale)
     chosen = choose(len(positions), options.max_windows, options.seed, task.name)
     folder = task.name.rpartition("/")[0] or os.path.basename(os.path.dirname(task.path))
-    table = task.rows(positions[chosen], extent, mpp or (), group=task.known.group or folder)
+    rows = task.rows(positions[chosen], extent, mpp or (), group=task.known.group or folder)
     facts = {"kind": "image", "mpp": None if mpp is None else list(mpp), "shape": list(shape)}
-    return SourceRows(table, facts)
+    return SourceRows(rows, facts)
 
 
 def choose(count: int, limit: int | None, seed: int, group: str) -> np.ndarray:

@@ -373,8 +373,8 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
             notes.append(Skipped(source, WINDOWS, reason))
         return SourceRows.unused(*notes)
     facts = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
-    table = replace(task, path=source).rows(corners[good], extent, spacing, content[good])
-    return SourceRows(table, facts, tuple(notes))
+    rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good])
+    return SourceRows(rows, facts, tuple(notes))
 
 
 def _statistics(index: SampleIndex, options: RemoteSensingOptions, skipped: SkippedLog) -> list[list[float]]:
