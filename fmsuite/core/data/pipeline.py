@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fmsuite.core.data.crop import random_box
-from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.sample import (
     Array,
@@ -415,7 +415,10 @@ class WholeWindows(Dataset):
     def item(self, row: int) -> Item | SkippedWindow:
         """One window, or why it cannot be read. Any other exception is a bug and passes through, with the window in a
         note."""
-        window = self.index[row]
+        return self.item_of(self.index[row], row, self.index.label_code(row))
+
+    def item_of(self, window: Window, row: int, label: int = -1) -> Item | SkippedWindow:
+        """``item`` of a window that is row ``row`` of some index."""
         try:
             views = self.pipeline(self.reader.read(window), SampleKey(0, row))
         except ReadFailure as failure:
@@ -423,19 +426,23 @@ class WholeWindows(Dataset):
         except Exception as error:
             error.add_note(f"This happened in row {row} of the index: {window.source} at {window.position}.")
             raise
-        return Item(views, row, self.index.label_code(row))
+        return Item(views, row, label)
 
     def __getitem__(self, rows: Sequence[int]) -> tuple[Batch | None, list[SkippedWindow]]:
         """The windows of ``rows`` that can be read, in that order (``None`` if there are none), and the others."""
-        items: list[Item] = []
-        skipped: list[SkippedWindow] = []
-        for row in map(int, rows):
-            item = self.item(row)
-            if isinstance(item, Item):
-                items.append(item)
-            else:
-                skipped.append(item)
-        return (collate(items) if items else None), skipped
+        return joined(map(self.item, map(int, rows)))
+
+
+def joined(found: Iterable[Item | SkippedWindow]) -> tuple[Batch | None, list[SkippedWindow]]:
+    """A batch of what could be read, in order (``None`` if nothing could), and the others."""
+    items: list[Item] = []
+    skipped: list[SkippedWindow] = []
+    for item in found:
+        if isinstance(item, Item):
+            items.append(item)
+        else:
+            skipped.append(item)
+    return (collate(items) if items else None), skipped
 
 
 def plain_views(

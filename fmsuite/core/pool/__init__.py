@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fmsuite.core.pool.run import run_units
-from fmsuite.core.pool.work import Outcome, Resources, Work, WorkerLost, slot
+from fmsuite.core.pool.work import ONE_CORE, Outcome, Resources, Work, WorkerLost, slot
 
-__all__ = ["Outcome", "Resources", "Work", "WorkerLost", "run_units", "slot"]
+__all__ = ["ONE_CORE", "Outcome", "Resources", "Work", "WorkerLost", "run_units", "slot"]

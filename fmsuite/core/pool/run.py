@@ -58,7 +58,7 @@ def run_units(
     else:
         from fmsuite.core.pool.ray_actors import RayActors
 
-        crew = RayActors(make, min(processes or len(units), len(units)), ray, resources)
+        crew = RayActors(make, len(units), processes, ray, resources)
     orderly = False
     try:
         yield from Desk(crew, units, retries).run()

@@ -33,7 +33,16 @@ def serve(channel: Channel, make: Callable[[], Work]) -> None:
     except WorkerLost as lost:
         channel.outbox.put(Lost(str(lost)))
     except BaseException as error:
-        channel.outbox.put(Raised.of(error))
+        channel.outbox.put(Lost(str(error)) if _reader_died(error) else Raised.of(error))
+
+
+def _reader_died(error: BaseException | None) -> bool:
+    """Whether torch says that a loader's process has died, which it does in the middle of whatever runs then."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _serve(channel: Channel, make: Callable[[], Work]) -> None:
