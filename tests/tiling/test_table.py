@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_how_tables_are_cut_decides_nothing(tmp_path: Path, monkeypatch: pytest.
     written = []
     for number, cuts in enumerate([[], [20], sorted(random.choice(40, 9, replace=False).tolist()), range(40)]):
         edges = [0, *cuts, 40]
-        tables = [windows_table(rows[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        tables = [windows_table(rows[a:b]) for a, b in itertools.pairwise(edges)]
         # The rows of what is not asked for stand in the same tables.
         more = pa.concat_tables([windows_table([WindowRows("/x", "y", np.ones((3, 2)), (1, 1))]), *tables])
         tables = tables if number % 2 else [more.unify_dictionaries().combine_chunks().slice(3)]
