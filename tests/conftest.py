@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster import ray_cluster
 from tests.ranks import TwoRanks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +36,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of two cores, which starts when the first test asks for it."""
+    pytest.importorskip("ray")
+    # Sockets lie in it, whose paths may have 107 bytes; pytest's own folders are too deep.
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, ray_cluster(Path(folder)) as address:
+        yield address
