@@ -80,7 +80,10 @@ def build_index(
     if settled is not None:
         tasks = settled
         looking.look(tasks, progress, f"{domain.units.source}s, second look")
-    found = [source for source in looking.found(tasks) if looking.has_rows(source.task)]
+    found = looking.found(tasks)
+    for source in found:
+        if looking.rows_of(source.task) is None:
+            raise RuntimeError(f"the domain '{domain.name}' gave no rows for {source.task.path} and did not settle it")
     index = join_tables(looking.tables(found), {}, parts / _JOINED if parts is not None and found else None)
     with looking.log() as log:
         metadata = domain.index_metadata(index, found, log)
@@ -170,9 +173,10 @@ class _Looking:
         known = ((task, self.store.get(self._key(task))) for task in tasks)
         return [SourceFacts(task, kept.facts) for task, kept in known if kept is not None]
 
-    def has_rows(self, task: SourceTask) -> bool:
+    def rows_of(self, task: SourceTask) -> int | None:
+        """How many; ``None`` for one that depends on others."""
         kept = self.store.get(self._key(task))
-        return kept is not None and bool(kept.rows)
+        return None if kept is None else kept.rows
 
     def tables(self, found: Sequence[SourceFacts]) -> Iterator[pa.Table]:
         return self.store.tables(self._key(source.task) for source in found)

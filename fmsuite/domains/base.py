@@ -131,8 +131,8 @@ class Domain(ABC):
         """Which sources the index has, where that cannot be told from each alone: several that are one thing, bands
         that all must share.
 
-        ``index_source`` is asked about tasks that were not among the first, and about those it gave no table for if
-        their details differ now. ``None`` where every source stands for itself.
+        ``index_source`` is asked about those of them that are new: a task with other details is. ``None`` where every
+        source stands for itself; then each must have given rows.
 
         Args:
             found: the sources that could be looked at, in order.
@@ -146,7 +146,8 @@ class Domain(ABC):
 
         Args:
             index: the rows; its metadata is still empty.
-            found: the sources that have rows, in order.
+            found: its sources, in order.
+            skipped: for what went wrong meanwhile.
         """
         return {}
 

@@ -26,7 +26,7 @@ _SOURCES_KEY = b"fmsuite sources"
 _OPEN_SEGMENTS = 8
 SEGMENT_ROWS = 1 << 16
 SEGMENT_SOURCES = 1024
-SEGMENT_S = 2.0
+SEGMENT_S = 0.5
 """A file is written when so many rows or sources have been added, or so many seconds have gone by, since the last: a
 slide has one of its own, and thousands of icons share one."""
 

@@ -47,7 +47,7 @@ class SvgOptions(DomainOptions, LabelOptions):
         mirror: drawings may be mirrored by augmentation; leave it off for letters, flags and directions.
         mean, std: channel statistics on a 0-1 scale; ImageNet's, so that public encoders see what they expect.
         timeout_s: seconds that one drawing may take to render.
-        workers: processes that try the drawings; -1 chooses from the cores.
+        workers: processes that try the drawings, where one process looks at them; -1 chooses from the cores.
         max_bytes, max_elements, max_drawn, max_depth, max_side, max_image_pixels: see ``safety.Limits``.
     """
 
