@@ -131,11 +131,23 @@ def tile(
     out: Annotated[Path, typer.Option(help="The index: a .parquet file, or a folder for index.parquet.")],
     recipe: Annotated[str | None, typer.Option(help="Find the windows that this recipe trains on.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Draw where the windows are.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="That look at sources; 0: none but this. If absent, one a core where that is worth their start.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Look at sources on this Ray cluster: auto, local or HOST:PORT."),
+    ] = None,
     mpp: Mpp = None,
     overrides: Overrides = None,
     strict: Strict = False,
 ) -> None:
-    """Find the windows worth looking at, and write their index."""
+    """Find the windows worth looking at, and write their index. Run again after an interruption, it does what is
+    missing."""
     from fmsuite.commands.tile import tile as run
 
     result = run(
@@ -146,6 +158,8 @@ def tile(
         overrides=_with_mpp(overrides, mpp, ""),
         preview=preview,
         strict=strict,
+        processes=processes,
+        ray=ray,
         progress=console_progress,
     )
     _say(f"{len(result.index)} windows from {len(result.index.sources)} sources: {result.path}")

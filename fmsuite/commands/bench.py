@@ -115,9 +115,9 @@ def bench(
     models = {name: open_encoder(what) for name, what in zip(short_names(encoders), encoders, strict=True)}
     parts = parts_of(out / "index.parquet")
     skipped = open_out(out, "bench", strict, keep_skipped=has_features(out) or parts.is_dir())
-    plugin.parts = parts
     paths = data or [_example_data(plugin)]
-    plugin, whole = open_index(plugin, paths, skipped, progress, asked_options(overrides))
+    asked = asked_options(overrides)
+    plugin, whole = open_index(plugin, paths, skipped, progress, asked, parts=parts, processes=None)
     windows = LabelledWindows.of(whole, seed, plugin.units.window, named(paths))
     allowed, notes = _shots(windows, shots) if FEWSHOT in tasks else ([], [])
     found = contenders(models, plugin.input_spec(windows.index), controls)

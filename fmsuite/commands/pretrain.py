@@ -282,11 +282,11 @@ def _windows(
     def find() -> None:
         if not (resume and run.index_path.exists()):
             paths = [Path(path) for path in data] or [_example_data(domain, config.seed)]
-            domain.parts = parts_of(run.index_path)
-            opened, index = open_index(domain, paths, skipped, progress, asked)
+            parts = parts_of(run.index_path)
+            opened, index = open_index(domain, paths, skipped, progress, asked, parts=parts, processes=None)
             _say_options_of_index(config.data, opened.options)
             index.write(run.index_path)
-            discard_parts(parts_of(run.index_path))
+            discard_parts(parts)
             log.info("%d windows from %d sources.", len(index), len(index.sources))
         elif data:
             raise UsageError("--resume goes on with the run's own index.parquet.", "Leave out --data.")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
+from fmsuite.commands.indexing import build_index
 from fmsuite.configs import Recipe, load_recipe
 from fmsuite.core.config import RunConfig, apply_overrides, parse_run, validate
 from fmsuite.core.controls import untrained
@@ -141,11 +142,16 @@ def open_index(
     skipped: SkippedLog,
     progress: Progress = no_progress,
     asked: Collection[str] = (),
+    *,
+    parts: Path | None = None,
+    processes: int | None = 0,
+    ray: str | None = None,
 ) -> tuple[Domain, SampleIndex]:
     """An index from a Parquet file, or made from sources.
 
     Args:
         asked: names of the options that the user gave; an index made with other values is refused.
+        parts, processes, ray: of making it; see ``indexing.build_index``.
 
     Returns:
         The domain with its own options, except for those that the index records: its windows were made with them.
@@ -169,8 +175,7 @@ def open_index(
         options = validate(type(domain).Options, {**own, **made_with}, "data", str(paths[0]))
         domain = type(domain)(options)  # type: ignore[arg-type]
     else:
-        built = domain.build_index(paths, skipped, progress)
-        index = SampleIndex(built.table, {"domain": domain.name, "options": own, **built.metadata})
+        index = build_index(domain, paths, skipped, progress, parts=parts, processes=processes, ray=ray)
     if len(index) == 0:
         detail = skipped.summary()
         first = f" First: {skipped.entries[0].path}: {skipped.entries[0].reason}" if skipped.entries else ""
