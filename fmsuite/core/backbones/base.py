@@ -183,7 +183,9 @@ class Backbone(nn.Module, ABC):
             return TokenLayout(self.spec.axes, coords, None, pitch, view.valid)
         size = tuple(view.pixels.shape[2:])
         if spacing is None and self.spec.spacing is not None:
-            spacing = torch.tensor(self.spec.spacing, dtype=torch.float32, device=view.pixels.device)
+            # Filled on the device: for a copy from the host the host would wait.
+            device = view.pixels.device
+            spacing = torch.stack([torch.full((), step, device=device) for step in self.spec.spacing])
         valid = None if view.valid is None else self.grid.valid_tokens(view.valid)
         return self.grid.layout(size, view.coords, spacing, valid, view.pixels.device)
 

@@ -15,7 +15,7 @@ from fmsuite.core.backbones.layers import key_mask_of, layer_norm
 from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, check_decoder, decoder_positions, init_linear
-from fmsuite.core.objectives.group_heads import group_heads, project
+from fmsuite.core.objectives.group_heads import group_heads, groups_of, project
 from fmsuite.core.objectives.mae import masked_mean_error, pixel_targets
 from fmsuite.core.objectives.single_view import VIEW, Visible, VisibleEncoder
 from fmsuite.core.seeding import uniform_from_keys
@@ -63,8 +63,8 @@ def draw_predicted(mask: Tensor, share: float, keys: Tensor | None = None) -> tu
     if keys is None:
         noise = torch.rand(mask.shape, device=mask.device)
     else:
-        places = torch.arange(mask.shape[1], device=mask.device)
-        noise = uniform_from_keys(keys[:, None] + places * _STRIDE, salt=0)
+        places = torch.arange(mask.shape[1], device=keys.device)
+        noise = uniform_from_keys(keys[:, None] + places * _STRIDE, salt=0).to(mask.device, non_blocking=True)
     masked = mask.sum(1)
     count = torch.minimum((masked * share).round().clamp(min=1).long(), masked)
     length = max(1, int(count.max()))
@@ -214,7 +214,7 @@ class CrossMAE(VisibleEncoder):
             if self.mixing is not None:
                 read = self.context_norms[number](mix(maps, self.mixing[number]))
             tokens = block(tokens, read, key_mask=key_mask)
-        groups = ids // (layout.num_tokens // len(self.grid.groups))
+        groups = groups_of(self.decoder_pred, ids, layout.num_tokens)
         return project(self.decoder_pred, self.decoder_norm(tokens), groups)
 
     def reconstruction_loss(self, view: View, prediction: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
@@ -225,5 +225,5 @@ class CrossMAE(VisibleEncoder):
             prediction: (B, Q, P).
             ids, chosen: see ``draw_predicted``.
         """
-        target, weight = pixel_targets(self.grid, view, self.config.norm_pix)
-        return masked_mean_error(prediction, take(target, ids), take(weight, ids), chosen)
+        target, weight = pixel_targets(self.grid, view, self.config.norm_pix, ids)
+        return masked_mean_error(prediction, target, weight, chosen)
