@@ -88,7 +88,7 @@ def theirs(size: int, depth: int) -> Step:
     )
     model = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).train()
     optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=LR, weight_decay=DECAY, betas=BETAS
+        (p for p in model.parameters() if p.requires_grad), lr=LR, weight_decay=DECAY, betas=BETAS, fused=True
     )
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fmsuite.core.backbones.drop_path import Branches, DropPath, Kept
 from fmsuite.core.backbones.packing import Group, attend, project_group, select_groups, token_rows
-from fmsuite.core.backbones.positions import Rotary, rotate
+from fmsuite.core.backbones.positions import Rotary
 from fmsuite.core.tokens import take
 
 LAYER_NORM_EPS = 1e-6
@@ -113,16 +113,13 @@ class Attention(nn.Module):
         """(T, D) to (T, D), the tokens of several groups of sequences; see ``packing.attend``."""
         return self.proj(attend(self.qkv(x).unflatten(-1, (3, self.heads, -1)), groups))
 
-    def attend_queries(self, x: Tensor, queries: Tensor, rotary: Rotary | None, key_mask: Tensor | None) -> Tensor:
+    def attend_queries(self, x: Tensor, queries: Tensor, key_mask: Tensor | None) -> Tensor:
         """What some of the tokens read from all: (B, N, D) and their numbers (B, M) int64 to (B, M, D)."""
         width = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
         q = F.linear(take(x, queries), weight[:width], first).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = F.linear(x, weight[width:], rest).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if rotary is not None:
-            cos, sin = (take(angles.flatten(1, 2).expand(len(x), -1, -1), queries)[:, None] for angles in rotary)
-            q, k = rotate(q, Rotary(cos, sin)), rotate(k, rotary)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -242,7 +239,7 @@ class Block(nn.Module):
             kept: the samples for which attention and MLP are computed; what the others have is passed on. ``draw_kept``
                 makes it.
             queries: (B, M) int64, the only tokens of (B, N, D) whose output is wanted; all others are only read. Not
-                with a position bias or drop-path.
+                with rotary positions, a position bias or drop-path.
 
         Returns:
             As ``x``; (B, M, D) for queries.
@@ -253,9 +250,9 @@ class Block(nn.Module):
         if any(path.drops and keeps is None for path, keeps in zip((self.drop_path1, self.drop_path2), kept)):
             raise ValueError("a block with drop-path in training needs to be told which samples are kept")
         if queries is not None:
-            if groups is not None or position_bias is not None or kept != (None, None):
-                raise ValueError("queries are taken from one group without position bias or drop-path")
-            mixed = self.attn.attend_queries(self.norm1(x), queries, rotary, key_mask)
+            if any(each is not None for each in (groups, rotary, position_bias, *kept)):
+                raise ValueError("queries go with plain attention only, without groups, positions or drop-path")
+            mixed = self.attn.attend_queries(self.norm1(x), queries, key_mask)
             x = take(x, queries) + self.ls1(mixed)
             return x + self.ls2(self.mlp(self.norm2(x)))
         if groups is None:

@@ -178,22 +178,25 @@ class VisionTransformer(Backbone):
         if keep is None and keep_valid is not None:
             raise ValueError("keep_valid marks padding in keep, which was not given")
         layout = self.layout(view)
-        x = self.patch_embed(view.pixels)
-        if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        if layout.valid is not None:
-            # The output of a token without data must not depend on whatever stands there.
-            x = torch.where(layout.valid[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
         patch_positions, cls_position = self._positions(layout)
         position_bias = self._bias(layout, keep)
+        x = self.patch_embed(view.pixels, keep)
+        # What is laid out is what ``keep`` leaves; ``keep_valid`` is not of the pixels.
+        shown = layout if keep is None else layout.select(keep)
+        if mask is not None:
+            hidden = mask if keep is None else mask.gather(1, keep)
+            x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
+        if shown.valid is not None:
+            # The output of a token without data must not depend on whatever stands there.
+            x = torch.where(shown.valid[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
         if patch_positions is not None:
+            if keep is not None:
+                # A table on one grid has rows (N, D) or (1, N, D), others (B, N, D).
+                patch_positions = take(patch_positions.expand(len(x), -1, -1), keep)
             x = x + patch_positions
-        if keep is not None:
-            x = take(x, keep)
-            layout = layout.select(keep)
-            if keep_valid is not None:
-                valid = keep_valid if layout.valid is None else layout.valid & keep_valid
-                layout = replace(layout, valid=valid)
+        layout = shown
+        if keep_valid is not None:
+            layout = replace(layout, valid=keep_valid if layout.valid is None else layout.valid & keep_valid)
         sequence = self._with_prefix(x, cls_position)
         group = Group(len(sequence), sequence.shape[1], self._rotary(layout), self._key_mask(layout), position_bias)
         return sequence, layout, group

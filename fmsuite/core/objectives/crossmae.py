@@ -73,14 +73,14 @@ def draw_predicted(mask: Tensor, share: float, keys: Tensor | None = None) -> tu
 
 
 def mix(maps: Tensor, weights: Tensor) -> Tensor:
-    """What a decoder block reads: ``sum_k w_k f_k`` (Fu et al. 2024, section 3.4, "Inter-block attention").
+    """What decoder blocks read: ``sum_k w_jk f_k`` (Fu et al. 2024, section 3.4, "Inter-block attention").
 
     Args:
         maps: (K, B, S, D) feature maps f of K encoder depths.
-        weights: (K,).
+        weights: (J, K), for J blocks; or (K,) for one.
 
     Returns:
-        (B, S, D).
+        (J, B, S, D), or (B, S, D) for one.
     """
     return torch.tensordot(weights.to(maps.dtype), maps, dims=1)
 
@@ -209,10 +209,13 @@ class CrossMAE(VisibleEncoder):
         positions = decoder_positions(layout, self.config).expand(len(ids), -1, -1)
         tokens = self.mask_token + take(positions, ids).to(self.mask_token.dtype)
         key_mask = key_mask_of(visible.features.layout.valid, maps.shape[2] - visible.ids.shape[1])
-        for number, block in enumerate(self.decoder_blocks):
-            read = maps[0]
-            if self.mixing is not None:
-                read = self.context_norms[number](mix(maps, self.mixing[number]))
+        if self.mixing is None:
+            reads = [maps[0]] * len(self.decoder_blocks)
+        else:
+            # All mixtures in one product: one by one, each would go through all maps again, and so would its gradient.
+            mixed = mix(maps, self.mixing)
+            reads = [norm(each) for norm, each in zip(self.context_norms, mixed, strict=True)]
+        for block, read in zip(self.decoder_blocks, reads, strict=True):
             tokens = block(tokens, read, key_mask=key_mask)
         groups = groups_of(self.decoder_pred, ids, layout.num_tokens)
         return project(self.decoder_pred, self.decoder_norm(tokens), groups)

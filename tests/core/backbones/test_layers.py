@@ -51,3 +51,14 @@ def test_published_mlp_widths() -> None:
     assert mlp_hidden(64, 4.0, "swiglu") == 176
     assert Mlp(8, 32).fc1.weight.shape == (32, 8)
     assert SwiGlu(8, 16).fc1.weight.shape == (32, 8)
+
+
+def test_queries_give_the_same_as_all_tokens_do() -> None:
+    torch.manual_seed(0)
+    block, x = Block(24, 3, layer_scale=0.7, qkv_bias=False).train(), torch.randn(4, 9, 24)
+    mask = torch.rand(4, 9) > 0.3
+    ids = torch.rand(4, 9).argsort(1)[:, :5]
+    expected = block(x, key_mask=mask).gather(1, ids[..., None].expand(-1, -1, 24))
+    torch.testing.assert_close(block(x, key_mask=mask, queries=ids), expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="plain attention only"):
+        block(x, position_bias=torch.zeros(3, 9, 9), queries=ids)
