@@ -82,6 +82,8 @@ class TrainingConfig(Section):
             and statistics of a batch (Sinkhorn, KoLeo) are a micro-batch's.
         split: train on the windows of this split and on those without one; the others are held out, and the monitor
             looks at them. ``null`` trains on all.
+        strategy: how processes share the model: each holds all of it (``ddp``) or a part (``fsdp2``); ``auto`` is ddp
+            unless the training state would take more than half of a GPU (``choose_strategy``).
         precision: ``auto`` is bf16 where the device computes it natively, float32 elsewhere.
         compile: ``torch.compile`` the backbone's blocks.
         activation_checkpointing: recompute blocks in the backward pass.
@@ -97,6 +99,7 @@ class TrainingConfig(Section):
     accumulate: int = Field(default=1, ge=1)
     split: str | None = "train"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["auto", "float32", "bf16"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
