@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,10 @@ class Block(nn.Module):
         index: number of the block, which separates the drop-path draws of different blocks.
     """
 
+    entry_points: ClassVar[tuple[str, ...]] = ("attention",)
+    """Methods beside ``forward`` that are called from outside: where parameters are spread over processes, they have to
+    be gathered for these as well."""
+
     def __init__(
         self,
         width: int,
@@ -219,6 +223,17 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden, bias) if mlp == "gelu" else SwiGlu(width, hidden, bias)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path2 = DropPath(drop_path, 2 * index + 1)
+
+    def attention(
+        self,
+        x: Tensor,
+        queries: slice,
+        rotary: Rotary | None = None,
+        key_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        """What ``forward`` would attend to: see ``Attention.weights``, of whose input x is not yet normalised."""
+        return self.attn.weights(self.norm1(x), queries, rotary, key_mask, position_bias)
 
     def forward(
         self,

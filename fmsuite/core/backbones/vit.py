@@ -302,8 +302,7 @@ class VisionTransformer(Backbone):
         x."""
         prefix = self.num_prefix_tokens
         queries = slice(0, 1) if self.has_cls else slice(prefix, None)
-        rows = block.attn.weights(block.norm1(x), queries, group.rotary, group.key_mask, group.position_bias)
-        rows = rows[..., prefix:]
+        rows = block.attention(x, queries, group.rotary, group.key_mask, group.position_bias)[..., prefix:]
         if self.has_cls or layout.valid is None:
             return rows.mean(2)
         counted = layout.valid[:, None, :, None].to(rows.dtype)

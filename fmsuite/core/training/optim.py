@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.optim import Lamb, Lars, Lion
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fmsuite.core.objectives.base import Objective
 from fmsuite.core.training.config import OptimConfig
@@ -103,7 +104,9 @@ def make_optimizer(config: OptimConfig, objective: Objective) -> torch.optim.Opt
     if config.name == "lamb":
         # Clipping is the loop's, as for the others.
         return Lamb(groups, betas=betas, eps=config.eps or 1e-6, max_grad_norm=None, **common)
-    return torch.optim.AdamW(groups, betas=betas, eps=config.eps or 1e-8, fused=True, **common)
+    # One fused call takes tensors that are cut over processes, or whole ones; FSDP2 leaves those without axes whole.
+    kinds = {isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]}
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps or 1e-8, fused=len(kinds) == 1, **common)
 
 
 def effective_lr(config: OptimConfig, batch_size: int) -> float:
