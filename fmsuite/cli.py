@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -24,7 +25,7 @@ from fmsuite.errors import FmsuiteError, UsageError
 if TYPE_CHECKING:
     from fmsuite.core.evaluation.results import Results
 
-DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 128 + signal.SIGINT
 
 app = typer.Typer(
     help="Pretrain, adapt and judge vision foundation models for slides, volumes, rasters and vector graphics.",
@@ -32,7 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 1 failed; 2 wrong use; 3 done, with sources skipped; 130 interrupted.",
+    epilog="Exit codes: 0 done; 1 failed; 2 wrong use; 3 done, with sources skipped; 130 interrupted; 143 "
+    "terminated, after saving.",
 )
 out_console = Console(width=None if sys.stdout.isatty() else 160)
 console = progress_console()
@@ -65,7 +67,9 @@ def _common(
         handlers=[RichHandler(console=console, show_path=False, show_time=False)] if pretty else None,
         force=True,
     )
-    logging.getLogger("fmsuite").setLevel(logging.DEBUG if debug else logging.INFO)
+    # Of several processes the first one tells what goes on, and every one what went wrong.
+    usual = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.getLogger("fmsuite").setLevel(logging.DEBUG if debug else usual)
 
 
 def _version(on: bool) -> None:
@@ -87,6 +91,19 @@ def pretrain(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/DOMAIN-TIME if absent.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Continue the run in --out if it was begun, begin it otherwise; --data, --recipe, --objective and "
+            "--pairs then serve the beginning only.",
+        ),
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Train on this many GPUs of this machine.")] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="With --gpus: how often to start again, from the last checkpoint, when one dies."),
+    ] = 0,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -100,7 +117,13 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder."""
     from fmsuite.commands.pretrain import pretrain as run
+    from fmsuite.core.training.interrupt import warning_ends
 
+    if _launches(gpus, restarts):
+        raise typer.Exit(_launch(gpus or 1, restarts, domain, out, resume or auto_resume))
+    if resume and auto_resume:
+        raise UsageError("--resume and --auto-resume exclude each other.", "Give one of them.")
+    warning_ends()
     outcome = run(
         domain,
         data or [],
@@ -108,20 +131,46 @@ def pretrain(
         objective=objective,
         out=out,
         resume=resume,
+        auto_resume=auto_resume,
         overrides=_with_mpp(overrides, mpp, "data."),
         pairs=pairs,
         strict=strict,
         progress=console_progress,
         command=sys.argv,
     )
+    stopped = outcome.stopped_by is not None
     if outcome.main_rank:
-        _say(f"{'Interrupted' if outcome.interrupted else 'Done'} at step {outcome.step} of {outcome.total_steps}.")
+        _say(f"{'Interrupted' if stopped else 'Done'} at step {outcome.step} of {outcome.total_steps}.")
         _say(f"Run folder: {outcome.folder}")
-        if outcome.interrupted:
+        if stopped:
             _say(f"Continue with: fmsuite pretrain --domain {domain} --out {outcome.folder} --resume")
-    if outcome.interrupted:
-        raise typer.Exit(INTERRUPTED)
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)
     _finish(outcome.skipped if outcome.main_rank else "")
+
+
+def _launches(gpus: int | None, restarts: int) -> bool:
+    """Whether this process is to start others rather than to train."""
+    from fmsuite.commands.launch import is_inside
+    from fmsuite.core.distributed import launched
+
+    if gpus is None:
+        if restarts:
+            raise UsageError("--restarts belongs to --gpus.", "Under torchrun use its own --max-restarts.")
+        return False
+    if launched() and not is_inside():
+        raise UsageError("--gpus starts processes of its own.", "Leave it out under torchrun.")
+    return not is_inside()
+
+
+def _launch(gpus: int, restarts: int, domain: str, out: Path | None, goes_on: bool) -> int:
+    from fmsuite.commands.launch import check_gpus, launch
+    from fmsuite.commands.pretrain import run_path
+
+    check_gpus(gpus)
+    folder = run_path(domain, out, goes_on)
+    arguments = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
+    return launch(arguments, gpus, restarts, folder / "logs")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import ray_cluster
-from tests.ranks import TwoRanks
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,9 +31,17 @@ def oracles() -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
-    """Runs a function on two processes that share a gloo group; see ``TwoRanks``."""
-    ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs a function on two processes that share a gloo group; see ``Ranks``."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"), 2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """As ``two_ranks``, on four."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"), 4)
     yield ranks
     ranks.stop()
 

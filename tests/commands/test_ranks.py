@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -64,8 +65,8 @@ def test_a_run_of_two_processes_goes_on_as_one(
     ]
     for ran in [command.wait() for command in commands]:
         assert ran.code == 0, ran.text
-    checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*.pt"))
-    checkpoints[-1].unlink()
+    checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
+    shutil.rmtree(checkpoints[-1])
     ran = launcher.start("pretrain", "--domain", "pathology", "--out", tmp_path / "two", "--resume").wait()
     assert ran.code == 0, ran.text
     assert f"Resuming after step {STEPS - 1}" in ran.text

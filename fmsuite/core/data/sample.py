@@ -180,7 +180,7 @@ class View:
         mask: (B, N) bool, tokens chosen by the request's mask sampler; (B, M, N) for a sampler of M patterns.
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
-        keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+        keys: (B,) int64, a number for each sample and draw, for randomness inside the network; they stay on the host.
     """
 
     pixels: Tensor
@@ -209,7 +209,9 @@ class View:
         )
 
     def to(self, device: torch.device | str) -> View:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Everything on a device, except the keys: draws are made from them on the host, without waiting for it."""
+        moved = replace(self, keys=None).map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, keys=self.keys)
 
     def __getitem__(self, rows: slice | Tensor) -> View:
         return self.map(lambda tensor: tensor[rows])
@@ -291,7 +293,19 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Everything on a device, except the views' keys (see ``View.to``)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            {name: [view.to(device) for view in group] for name, group in self.views.items()},
+            move(self.indices),
+            move(self.labels),
+            self.skipped,
+            None if self.support is None else self.support.to(device),
+            None if self.pairs is None else move(self.pairs),
+        )
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from which copies to a GPU run beside its work. The loader calls this."""
