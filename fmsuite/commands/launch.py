@@ -76,7 +76,7 @@ def launch(arguments: Sequence[str], processes: int, restarts: int, logs: Path) 
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=restarts,
-        logs_specs=DefaultLogsSpecs(str(logs), {number: Std.ALL for number in range(1, processes)}),
+        logs_specs=DefaultLogsSpecs(str(logs), dict.fromkeys(range(1, processes), Std.ALL)),
         signals_to_handle=SIGNALS,
         **patience,
     )
