@@ -21,8 +21,8 @@ from fmsuite.domains.base import domain_names
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "runs.md"
 STEPS = 24
-SOMETIMES = ("skipped.csv", "pairs.parquet", "tokenizer.safetensors", "tokenizer.json")
-"""Files of runs that skipped something, and of some objectives."""
+SOMETIMES = ("skipped.csv", "pairs.parquet", "tokenizer.safetensors", "tokenizer.json", "logs/")
+"""Files of runs that skipped something, of some objectives, and of several processes."""
 METRICS = {"loss", "lr", "weight_decay", "grad_norm", "samples_per_second", "data_wait"}
 
 

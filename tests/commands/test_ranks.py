@@ -23,8 +23,8 @@ CHANGES = {
 }
 
 
-def check_equal(found, expected) -> None:
-    assert set(found.losses) == set(expected.losses) == set(range(1, STEPS + 1))
+def check_equal(found, expected, steps: int = STEPS) -> None:
+    assert set(found.losses) == set(expected.losses) == set(range(1, steps + 1))
     for step, (loss, grad_norm) in expected.losses.items():
         assert found.losses[step][0] == pytest.approx(loss, rel=TOLERANCE), step
         assert found.losses[step][1] == pytest.approx(grad_norm, rel=1e-5), step
@@ -41,12 +41,12 @@ def environments() -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
-@pytest.mark.parametrize("objective", ["mae", "dinov2"])
+@pytest.mark.parametrize(("objective", "strategy"), [("mae", "ddp"), ("dinov2", "ddp"), ("dinov2", "fsdp2")])
 def test_two_processes_have_the_losses_of_one(
-    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path, objective: str
+    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path, objective: str, strategy: str
 ) -> None:
-    arguments = ["pretrain", *tile_settings(objective, {**CHANGES[objective], "training.steps": STEPS})]
-    arguments += ["--data", tiles, "--out"]
+    changes = {**CHANGES[objective], "training.steps": STEPS, "training.strategy": strategy}
+    arguments = ["pretrain", *tile_settings(objective, changes), "--data", tiles, "--out"]
     commands = [launcher.start(*arguments, tmp_path / "two", environment=e) for e in environments()]
     for ran in [command.wait() for command in commands]:
         assert ran.code == 0, ran.text

@@ -205,8 +205,8 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     class FillTheDiskAfterwards(saver.Writer):
-        def finish(self, *given: object) -> None:
-            super().finish(*given)
+        def finish(self, **given: object) -> None:
+            super().finish(**given)
             size = max(path.stat().st_size for path in self.target.iterdir())
             resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
 

@@ -113,6 +113,10 @@ class MAE(MaskDecoder):
     )
     config: MAEConfig
 
+    def target_count(self, batch: Batch) -> Tensor:
+        """The masked tokens."""
+        return self.masked(batch.views[VIEW][0])[0].sum()
+
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
         return {"loss": self.decoder_loss(view, self.encode(view))}

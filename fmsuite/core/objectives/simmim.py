@@ -146,6 +146,12 @@ class SimMIM(MaskTokenEncoder):
             ) from error
         return CoarseMasking(RatioMasking(config.mask_ratio, pattern), factors)
 
+    def target_count(self, batch: Batch) -> Tensor:
+        """The values of the masked patches."""
+        view = batch.views[VIEW][0]
+        _, weight, _, _ = patch_targets(self.grid, view)
+        return (weight * self.masked(view)[0][..., None]).sum()
+
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
         prediction, ids, counted = self.predict_masked(view)

@@ -78,8 +78,8 @@ class TrainingConfig(Section):
     Attributes:
         steps, epochs: length of the run; exactly one of them. ``steps`` are optimiser steps.
         batch_size: samples in one optimiser step over all ranks and micro-batches.
-        accumulate: micro-batches in one step; each counts the same, also where they have unlike numbers of targets,
-            and statistics of a batch (Sinkhorn, KoLeo) are a micro-batch's.
+        accumulate: micro-batches in one step, whose result is the whole batch's where samples do not know each other;
+            statistics of a batch (negatives, Sinkhorn, KoLeo, batch normalisation) are a micro-batch's.
         split: train on the windows of this split and on those without one; the others are held out, and the monitor
             looks at them. ``null`` trains on all.
         strategy: how processes share the model: each holds all of it (``ddp``) or a part (``fsdp2``); ``auto`` is ddp

@@ -29,6 +29,7 @@ from fmsuite.core.distributed import (
 from fmsuite.core.inputs import InputSpec, Normalize
 from fmsuite.core.objectives.base import Objective, StepContext
 from fmsuite.core.seeding import derive
+from fmsuite.core.training.accumulation import batch_statistics, shares, split_batch
 from fmsuite.core.training.backbones import set_up_backbones
 from fmsuite.core.training.checkpoint import (
     Checkpoint,
@@ -217,6 +218,16 @@ class _Trainer:
         model = self.strategy.begin()
         if is_main():
             logger.info("%s on %s, %d rank(s), %s.", self.precision, self.device, world_size(), self.strategy.name)
+            statistics = batch_statistics(self.objective) if training.accumulate > 1 else None
+            if statistics is not None:
+                logger.info(
+                    "With training.accumulate %d, %s of '%s' are those of %d samples, not of the whole batch of %d.",
+                    training.accumulate,
+                    statistics,
+                    self.objective.name,
+                    training.batch_size // training.accumulate,
+                    training.batch_size,
+                )
         logger.debug("Parameter groups:\n%s", describe_groups(self.optimizer))
         done, last = start, dict[str, float]()
         stopped_by: signal.Signals | None = None
@@ -270,15 +281,16 @@ class _Trainer:
 
         values: dict[str, Tensor] = {}
         parts = split_batch(batch, self.training.accumulate)
-        for number, part in enumerate(parts, start=1):
+        portions = shares(self.objective, parts, self.device)
+        for number, (part, share) in enumerate(zip(parts, portions, strict=True), start=1):
             # Replayed CUDA graphs may overwrite what the last micro-batch left in their memory.
             torch.compiler.cudagraph_mark_step_begin()
             with self.strategy.accumulating(last=number == len(parts)):
                 with autocast(self.precision, self.device):
                     losses = model(self.prepare_batch(part), context)
-                (losses["loss"] / len(parts)).backward()
+                (losses["loss"] * share).backward()
             for name, loss in losses.items():
-                values[name] = values.get(name, 0.0) + loss.detach().float() / len(parts)
+                values[name] = values.get(name, 0.0) + loss.detach().float() * share
 
         self.strategy.average_rest()
         self.objective.before_update(context)
@@ -427,20 +439,6 @@ class _Clock:
         line = {"samples_per_second": self.batches * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
         self._begin()
         return line
-
-
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches of equal size, in order; each has all of the supports.
-
-    Raises:
-        FmsuiteError: if the batch cannot be divided so.
-    """
-    if parts == 1:
-        return [batch]
-    if len(batch) % parts:
-        raise FmsuiteError(f"A batch of {len(batch)} samples cannot be divided into {parts} micro-batches.")
-    size = len(batch) // parts
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def _check_batch(batch_size: int, accumulate: int) -> None:

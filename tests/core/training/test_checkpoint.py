@@ -207,8 +207,8 @@ def test_a_run_whose_disk_filled_up_continues_where_the_message_says(
     run_toy(tmp_path / "whole", config)
 
     class Full(checkpoint_files.Writer):
-        def finish(self, *given: object) -> None:
-            full() if self.target.name == "step-00000008" else super().finish(*given)  # type: ignore[arg-type]
+        def finish(self, **given: object) -> None:
+            full() if self.target.name == "step-00000008" else super().finish(**given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saver, "Writer", Full)
     with pytest.raises(FmsuiteError, match="continue from step 4"):
@@ -254,8 +254,8 @@ def test_one_checkpoint_is_written_at_a_time_and_the_last_is_waited_for(
             time.sleep(0.2)
             return super().write_data(*given)  # type: ignore[arg-type]
 
-        def finish(self, *given: object) -> None:
-            super().finish(*given)  # type: ignore[arg-type]
+        def finish(self, **given: object) -> None:
+            super().finish(**given)  # type: ignore[arg-type]
             events.append(f"done {self.target.name[-2:]}")
 
     monkeypatch.setattr(saver, "Writer", Slow)

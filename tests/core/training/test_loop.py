@@ -17,7 +17,8 @@ from fmsuite.core.data.sample import Batch
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.objectives.base import StepContext
 from fmsuite.core.training import interrupt, metrics
-from fmsuite.core.training.loop import RunFolder, split_batch
+from fmsuite.core.training.accumulation import split_batch
+from fmsuite.core.training.loop import RunFolder
 from fmsuite.core.training.metrics import read_metrics
 from fmsuite.errors import FmsuiteError, UsageError
 from tests.core.training.helpers import (
