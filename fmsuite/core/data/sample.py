@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fmsuite.core.data.adjust import Adjustment
 
 Array = np.ndarray
 
@@ -64,6 +68,7 @@ class ArraySample(Sample):
         spacing: physical length of one array sample along each axis, where it is known and varies between sources.
         maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
             plugin's mask sampler may read them.
+        adjust: what is still to be done to the values, on the device.
     """
 
     values: Array
@@ -71,6 +76,7 @@ class ArraySample(Sample):
     coords: dict[str, Array] = field(default_factory=dict)
     spacing: tuple[float, ...] | None = None
     maps: dict[str, Array] = field(default_factory=dict)
+    adjust: Adjustment | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -181,6 +187,8 @@ class View:
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
         keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+        adjust: parameters of what is still to be done to the raw pixels (``core.data.adjust``), (B, ...) each; they
+            stay on the host. ``None`` once it is done.
     """
 
     pixels: Tensor
@@ -189,6 +197,7 @@ class View:
     coords: dict[str, Tensor] = field(default_factory=dict)
     spacing: Tensor | None = None
     keys: Tensor | None = None
+    adjust: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -206,10 +215,12 @@ class View:
             {axis: function(values) for axis, values in self.coords.items()},
             each(self.spacing),
             each(self.keys),
+            None if self.adjust is None else {name: function(part) for name, part in self.adjust.items()},
         )
 
     def to(self, device: torch.device | str) -> View:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = replace(self, adjust=None).map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, adjust=self.adjust)
 
     def __getitem__(self, rows: slice | Tensor) -> View:
         return self.map(lambda tensor: tensor[rows])
@@ -234,6 +245,9 @@ class View:
             valid = torch.cat(
                 [v.valid if v.valid is not None else like.new_ones((len(v), *like.shape[1:])) for v in views]
             )
+        parts = first.adjust
+        if any((set(v.adjust) if v.adjust else None) != (set(parts) if parts else None) for v in views):
+            raise ValueError("views with different adjustments cannot be joined")
         return View(
             pixels,
             valid,
@@ -241,6 +255,7 @@ class View:
             {axis: torch.cat([v.coords[axis] for v in views]) for axis in first.coords},
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
+            None if parts is None else {name: torch.cat([v.adjust[name] for v in views if v.adjust]) for name in parts},
         )
 
 
@@ -291,7 +306,15 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On a device; copies from pinned memory run beside the host's work."""
+        return Batch(
+            {name: [view.to(device) for view in group] for name, group in self.views.items()},
+            self.indices.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.skipped,
+            None if self.support is None else self.support.to(device),
+            None if self.pairs is None else self.pairs.to(device, non_blocking=True),
+        )
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from which copies to a GPU run beside its work. The loader calls this."""

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -272,11 +272,7 @@ class _Trainer:
         return batch.to(self.device).map_views(self.prepare_view)
 
     def prepare_view(self, view: View) -> View:
-        view = view.to(self.device)
-        valid = view.valid
-        if valid is not None and self.normalize.spec.bag:
-            valid = valid[..., None]
-        return replace(view, pixels=self.normalize(view.pixels, valid))
+        return self.normalize.view(view.to(self.device))
 
     def _asked_to_stop(self, taken: _Taken) -> bool:
         """Whether any rank was asked to stop by then.
