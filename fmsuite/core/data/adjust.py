@@ -123,7 +123,9 @@ def adjusted(view: View) -> View:
             # An invalid value may be anything, NaN too, which no weight of zero takes out of a sum.
             values = torch.where(valid, values, torch.zeros((), device=values.device))
         if "absorbance" in parts:
-            values = _map_absorbance(values, parts["absorbance"])
+            maps = parts["absorbance"]
+            changed = (maps != torch.eye(*maps.shape[1:])).flatten(1).any(1)
+            values = _on_rows(values, valid, changed, _map_absorbance, maps)
         if "limits" in parts:
             values = _clipped(values, parts["limits"][:, 0])
         for number in range(parts["maps"].shape[1] if "maps" in parts else 0):
@@ -145,7 +147,7 @@ def _there(part: Tensor, values: Tensor, dims: int | None = None) -> Tensor:
     return part.reshape(shape).to(values.device, non_blocking=True)
 
 
-def _map_absorbance(values: Tensor, maps: Tensor) -> Tensor:
+def _map_absorbance(values: Tensor, valid: Tensor | None, maps: Tensor) -> Tensor:
     absorbance = torch.log((values + 1) * (1 / 256)).neg_()
     return _linear(absorbance, maps[:, :, :-1], maps[:, :, -1]).neg_().exp_().mul_(256).sub_(1)
 

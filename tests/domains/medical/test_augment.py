@@ -159,7 +159,7 @@ def test_blur_has_the_strength_of_monais(sigma) -> None:
     found = seen(given.replace(adjust=Adjustment(blur=np.full(3, np.sqrt(sigma**2 + VOXEL_VARIANCE), np.float32))))
     inner = (slice(None), *(slice(4, -4),) * 3)
     assert np.abs(found - expected)[inner].max() < 0.03 * given.values.std()
-    assert found[inner].std() == pytest.approx(expected[inner].std(), rel=0.01)
+    assert found[inner].std() == pytest.approx(expected[inner].std(), rel=0.03)
 
 
 def test_gamma_is_monais_and_invalid_voxels_do_not_set_its_range() -> None:
