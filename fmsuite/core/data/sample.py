@@ -186,7 +186,7 @@ class View:
         mask: (B, N) bool, tokens chosen by the request's mask sampler; (B, M, N) for a sampler of M patterns.
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
-        keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+        keys: (B,) int64, a number for each sample and draw, for randomness inside the network; they stay on the host.
         adjust: parameters of what is still to be done to the raw pixels (``core.data.adjust``), (B, ...) each; they
             stay on the host. ``None`` once it is done.
     """
@@ -219,8 +219,10 @@ class View:
         )
 
     def to(self, device: torch.device | str) -> View:
-        moved = replace(self, adjust=None).map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, adjust=self.adjust)
+        """Everything on a device, except the keys and adjustments: what is decided by them is decided on the host, without
+        waiting for the device."""
+        moved = replace(self, keys=None, adjust=None).map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, keys=self.keys, adjust=self.adjust)
 
     def __getitem__(self, rows: slice | Tensor) -> View:
         return self.map(lambda tensor: tensor[rows])
@@ -306,14 +308,18 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """On a device; copies from pinned memory run beside the host's work."""
+        """Everything on a device, except what views keep on the host (see ``View.to``)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return Batch(
             {name: [view.to(device) for view in group] for name, group in self.views.items()},
-            self.indices.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
+            move(self.indices),
+            move(self.labels),
             self.skipped,
             None if self.support is None else self.support.to(device),
-            None if self.pairs is None else self.pairs.to(device, non_blocking=True),
+            None if self.pairs is None else move(self.pairs),
         )
 
     def pin_memory(self) -> Batch:

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
 from fmsuite.core.backbones.config import VIT_SIZES
-from fmsuite.core.backbones.layers import Attention, Block, DropPath, Mlp, SwiGlu, mlp_hidden
+from fmsuite.core.backbones.layers import Attention, Block, Mlp, SwiGlu, mlp_hidden
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
@@ -51,30 +51,3 @@ def test_published_mlp_widths() -> None:
     assert mlp_hidden(64, 4.0, "swiglu") == 176
     assert Mlp(8, 32).fc1.weight.shape == (32, 8)
     assert SwiGlu(8, 16).fc1.weight.shape == (32, 8)
-
-
-def test_drop_path_with_keys_does_not_depend_on_the_batch() -> None:
-    layer = DropPath(0.4, salt=3).train()
-    x, keys = torch.ones(64, 2, 3), torch.arange(64)
-    together = layer(x, keys)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    apart = torch.cat([layer(x[part], keys[part]) for part in order.split(5)])
-    torch.testing.assert_close(together[order], apart, atol=0, rtol=0)
-    assert set(together.flatten().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
-
-
-def test_drop_path_drops_its_share_and_differs_between_layers() -> None:
-    keys = torch.arange(20_000)
-    x = torch.ones(20_000, 1)
-    first, second = (DropPath(0.3, salt).train()(x, keys) > 0 for salt in (0, 1))
-    # Binomial standard deviation 0.0032; four of them.
-    assert abs(first.float().mean().item() - 0.7) < 0.013
-    assert abs((first & second).float().mean().item() - 0.49) < 0.015
-
-
-def test_drop_path_without_keys_draws_and_rests_in_evaluation() -> None:
-    torch.manual_seed(0)
-    layer = DropPath(0.5, 0)
-    x = torch.ones(200, 1)
-    assert 60 < int((layer.train()(x) > 0).sum()) < 140
-    assert torch.equal(layer.eval()(x), x)
