@@ -219,7 +219,7 @@ class View:
         )
 
     def to(self, device: torch.device | str) -> View:
-        """Everything on a device, except the keys and adjustments: what is decided by them is decided on the host, without
+        """Everything on a device, except the keys and adjustments: what hangs on these is decided on the host, without
         waiting for the device."""
         moved = replace(self, keys=None, adjust=None).map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, keys=self.keys, adjust=self.adjust)
