@@ -39,7 +39,7 @@ def make_rasters(folder: Path) -> None:
         where = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_300_000, 10, 10)}
         with rasterio.open(folder / f"{number}.tif", "w", **profile, **where) as raster:
             raster.write(values)
-            raster.descriptions = ("B02", "B03", "B04", "B08")
+            raster.descriptions = ("B2", "B3", "B4", "B8")
 
 
 def make_volumes(folder: Path) -> None:
@@ -56,7 +56,7 @@ def make_volumes(folder: Path) -> None:
 
 MADE: dict[str, tuple[Callable[[Path], None] | None, list[str]]] = {
     "pathology": (None, ["size=32"]),
-    "remote_sensing": (make_rasters, ["size=32", "bands=[B04,B03,B02,B08]", "sensor=sentinel2-l2a"]),
+    "remote_sensing": (make_rasters, ["size=32", "bands=[B4,B3,B2,B8]", "sensor=sentinel2-l2a"]),
     "medical": (make_volumes, ["size=16"]),
 }
 
