@@ -218,6 +218,43 @@ def tile(
 
 
 @app.command()
+def pack(
+    out: Annotated[Path, typer.Option(help="Folder of the packed copy; its index.parquet then stands for --index.")],
+    index: Annotated[Path | None, typer.Option(help="The index of `fmsuite tile`.")] = None,
+    processes: Annotated[int, typer.Option(min=0, help="That read and write, a shard each; 0: this one alone.")] = 0,
+    shard_windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows in a shard; as many as half a gigabyte holds, if absent.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Only check the files of a packed copy.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Copy an index's windows into a few large files. Run again after an interruption, it does what is missing."""
+    from fmsuite.commands import pack as command
+
+    if verify:
+        if index is not None or shard_windows is not None or processes or strict:
+            raise UsageError("--verify only checks what is in --out.", "Leave out the other options.")
+        damaged = command.check(out, console_progress)
+        for name, wrong in damaged:
+            _say(f"{out / name}: {wrong}")
+        if damaged:
+            raise FmsuiteError(
+                f"{len(damaged)} files of the packed copy are damaged.",
+                "Delete them and run the same `fmsuite pack` again: only their shards are made anew.",
+            )
+        _say(f"All files of {out} are as they were written.")
+        return
+    if index is None:
+        raise UsageError("--index is needed: what to pack.")
+    result = command.pack(
+        index, out, shard_windows=shard_windows, processes=processes, strict=strict, progress=console_progress
+    )
+    written, total = result.shards
+    _say(f"{len(result.index)} windows in {total} shards, {written} of them written now: {result.path}")
+    _finish(result.skipped.summary())
+
+
+@app.command()
 def export(
     encoder: Annotated[str, typer.Argument(help="A run folder, a weight file, timm:NAME, hf-hub:NAME.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],

@@ -14,6 +14,7 @@ from fmsuite.commands.setup import domain_options, open_domain, open_encoder, op
 from fmsuite.core.controls import Histogram
 from fmsuite.core.data.grouping import By, default_by
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, Pool, left_out_of, store_facts
 from fmsuite.core.embedding import embed as embed_windows
@@ -110,7 +111,7 @@ def embed(
         precision=_precision(place, ray),
         command=command,
     )
-    reader = domain.reader(windows)
+    reader = open_reader(domain, windows)
     with FeatureStore.create_or_resume(path, facts, windows, overwrite) as store:
         log_path = path.with_name(f"{path.stem}.{FILE_NAME}")
         if not store.stored() and not store.unreadable():

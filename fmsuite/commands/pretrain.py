@@ -24,6 +24,7 @@ from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.config import RunConfig
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.loader import SampleStream, default_workers, make_loader
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.pairs import Pairs, PairTable, read_pairs
 from fmsuite.core.data.pipeline import IMAGE, ViewPipeline, WindowDataset, collate, plain_views
 from fmsuite.core.data.reader import Reader
@@ -248,7 +249,7 @@ def _pretrain(
             training.batch_size,
             len(index),
         )
-    reader = domain.reader(index)
+    reader = open_reader(domain, index)
     pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
     partner = None if pairs is None else _partner(pairs.select(rows), objective)
     dataset = WindowDataset(index, reader, pipeline, config.seed, partner)

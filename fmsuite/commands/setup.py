@@ -16,6 +16,7 @@ from fmsuite.configs import Recipe, load_recipe
 from fmsuite.core.config import RunConfig, apply_overrides, parse_run, validate
 from fmsuite.core.controls import untrained
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import located
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.objectives.base import find_objective
@@ -161,7 +162,7 @@ def open_index(
     """
     own = domain.options.model_dump(mode="json")
     if len(paths) == 1 and paths[0].suffix == ".parquet":
-        index = SampleIndex.read(paths[0])
+        index = located(SampleIndex.read(paths[0]), paths[0])
         made_for = index.metadata.get("domain")
         if made_for != domain.name:
             raise UsageError(f"{paths[0]}: an index of the domain '{made_for}', not '{domain.name}'.")

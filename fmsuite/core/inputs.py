@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from fmsuite.core.data.adjust import adjusted
+from fmsuite.core.data.sample import View
 from fmsuite.errors import UsageError
 
 SPATIAL_AXES = ("z", "y", "x")
@@ -183,6 +186,14 @@ class Normalize(nn.Module):
         if valid is not None:
             out = torch.where(valid, out, torch.zeros((), device=out.device))
         return out
+
+    def view(self, view: View) -> View:
+        """A view as the network takes it: raw pixels adjusted (``core.data.adjust``), then normalised."""
+        view = adjusted(view)
+        valid = view.valid
+        if valid is not None and self.spec.bag:
+            valid = valid[..., None]
+        return replace(view, pixels=self(view.pixels, valid))
 
     def invert(self, values: Tensor) -> Tensor:
         """Network values back to raw ones (where no clipping took place). Shape and device are kept."""

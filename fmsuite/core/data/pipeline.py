@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fmsuite.core.data.adjust import Adjustment, stacked
 from fmsuite.core.data.crop import random_box
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Augmentation, Reader
@@ -50,6 +51,7 @@ class SampleView:
         coords, spacing: as in ``ArraySample``.
         key: a 63-bit number that names this draw.
         bag: it is a bag of vectors.
+        adjust: as in ``ArraySample``.
     """
 
     values: Array
@@ -60,6 +62,7 @@ class SampleView:
     spacing: tuple[float, ...] | None = None
     key: int = 0
     bag: bool = False
+    adjust: Adjustment | None = None
 
 
 @dataclass
@@ -152,6 +155,7 @@ class ViewPipeline:
                     spacing=cut.spacing,
                     key=derive(self.seed, "key", *draw),
                     bag=not request.size,
+                    adjust=cut.adjust,
                 )
                 if request.mask is not None:
                     context = self._context(cut, view.bag, key, masked, generator(self.seed, "mask", *draw))
@@ -180,6 +184,8 @@ class ViewPipeline:
             raise ValueError(
                 f"the augmentation of view '{request.name}' changed its shape from {expected} to {cut.values.shape}"
             )
+        if cut.adjust is not None and not request.size:
+            raise ValueError(f"the augmentation of view '{request.name}' adjusts a bag of vectors, which has no pixels")
         return self._whole_patches(cut) if request.size and self.grid is not None else cut
 
     def _whole_patches(self, cut: ArraySample) -> ArraySample:
@@ -346,6 +352,7 @@ def _stack(views: Sequence[SampleView]) -> View:
         coords,
         spacing,
         torch.tensor([view.key for view in views], dtype=torch.int64),
+        stacked([view.adjust for view in views]),
     )
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fmsuite.core.data.adjust import Adjustment
 
 Array = np.ndarray
 
@@ -64,6 +68,7 @@ class ArraySample(Sample):
         spacing: physical length of one array sample along each axis, where it is known and varies between sources.
         maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
             plugin's mask sampler may read them.
+        adjust: what is still to be done to the values, on the device.
     """
 
     values: Array
@@ -71,6 +76,7 @@ class ArraySample(Sample):
     coords: dict[str, Array] = field(default_factory=dict)
     spacing: tuple[float, ...] | None = None
     maps: dict[str, Array] = field(default_factory=dict)
+    adjust: Adjustment | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -181,6 +187,8 @@ class View:
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
         keys: (B,) int64, a number for each sample and draw, for randomness inside the network; they stay on the host.
+        adjust: parameters of what is still to be done to the raw pixels (``core.data.adjust``), (B, ...) each; they
+            stay on the host. ``None`` once it is done.
     """
 
     pixels: Tensor
@@ -189,6 +197,7 @@ class View:
     coords: dict[str, Tensor] = field(default_factory=dict)
     spacing: Tensor | None = None
     keys: Tensor | None = None
+    adjust: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -206,12 +215,14 @@ class View:
             {axis: function(values) for axis, values in self.coords.items()},
             each(self.spacing),
             each(self.keys),
+            None if self.adjust is None else {name: function(part) for name, part in self.adjust.items()},
         )
 
     def to(self, device: torch.device | str) -> View:
-        """Everything on a device, except the keys: draws are made from them on the host, without waiting for it."""
-        moved = replace(self, keys=None).map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, keys=self.keys)
+        """Everything on a device, except the keys and adjustments: what hangs on these is decided on the host, without
+        waiting for the device."""
+        moved = replace(self, keys=None, adjust=None).map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, keys=self.keys, adjust=self.adjust)
 
     def __getitem__(self, rows: slice | Tensor) -> View:
         return self.map(lambda tensor: tensor[rows])
@@ -236,6 +247,9 @@ class View:
             valid = torch.cat(
                 [v.valid if v.valid is not None else like.new_ones((len(v), *like.shape[1:])) for v in views]
             )
+        parts = first.adjust
+        if any((set(v.adjust) if v.adjust else None) != (set(parts) if parts else None) for v in views):
+            raise ValueError("views with different adjustments cannot be joined")
         return View(
             pixels,
             valid,
@@ -243,6 +257,7 @@ class View:
             {axis: torch.cat([v.coords[axis] for v in views]) for axis in first.coords},
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
+            None if parts is None else {name: torch.cat([v.adjust[name] for v in views if v.adjust]) for name in parts},
         )
 
 
@@ -293,7 +308,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Everything on a device, except the views' keys (see ``View.to``)."""
+        """Everything on a device, except what views keep on the host (see ``View.to``)."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)

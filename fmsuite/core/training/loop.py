@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fmsuite.core.config import RunConfig
+from fmsuite.core.data.prefetch import on_device
 from fmsuite.core.data.sample import Batch, SkippedWindow, View
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.distributed import (
@@ -237,8 +238,8 @@ class _Trainer:
             watched = every > 0 and any(gather_objects(monitor is not None))
             if watched and start == 0:
                 self._look(monitor, log, 0)
-            batches = _closing(stack, loader(start)) if start < total else iter(())
-            clock = _Clock(training.batch_size)
+            batches = _closing(stack, on_device(loader(start), self.device)) if start < total else iter(())
+            clock = _Clock(training.batch_size, self.device)
             for step in _closing(stack, report(range(start, total), total - start, "training")):
                 batch = clock.next_batch(batches, step)
                 taken = self.step(model, batch, step)
@@ -312,11 +313,7 @@ class _Trainer:
         return batch.to(self.device).map_views(self.prepare_view)
 
     def prepare_view(self, view: View) -> View:
-        view = view.to(self.device)
-        valid = view.valid
-        if valid is not None and self.normalize.spec.bag:
-            valid = valid[..., None]
-        return replace(view, pixels=self.normalize(view.pixels, valid))
+        return self.normalize.view(view.to(self.device))
 
     def _asked_to_stop(self, taken: _Taken) -> signal.Signals | None:
         """By what any rank was asked to stop by then.
@@ -414,27 +411,45 @@ class _Trainer:
 
 
 class _Clock:
-    """Measures throughput and how long the loop stood waiting for data, between one line of metrics and the next."""
+    """Measures throughput and how long the device waited for data, between one line of metrics and the next.
 
-    def __init__(self, batch_size: int) -> None:
+    A GPU still works while the loop waits for a batch, so there the wait is what lies, on the GPU's own clock, between
+    the end of the step before and the arrival of the batch.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
+        self.device = device
         self._begin()
 
     def _begin(self) -> None:
         self.started, self.waited, self.batches = time.monotonic(), 0.0, 0
+        self.gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
         before = time.monotonic()
+        idle = self._mark() if self.device.type == "cuda" else None
         try:
             batch = next(batches)
         except StopIteration as error:
             raise FmsuiteError(f"The data ended at step {step}, before the end of the run.") from error
-        self.waited += time.monotonic() - before
+        if idle is None:
+            self.waited += time.monotonic() - before
+        else:
+            self.gaps.append((idle, self._mark()))
         self.batches += 1
         return batch
 
     def lap(self) -> dict[str, float]:
         """Samples a second over all ranks, and the share of the time spent waiting on this one, since the last lap."""
+        for idle, ready in self.gaps:
+            ready.synchronize()
+            self.waited += idle.elapsed_time(ready) / 1000
         elapsed = max(time.monotonic() - self.started, 1e-9)
         line = {"samples_per_second": self.batches * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
         self._begin()

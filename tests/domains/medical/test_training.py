@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -58,7 +56,7 @@ def train(objective: Objective, spec: InputSpec, made: list[Batch]) -> list[floa
     objective.train()
     for step, batch in enumerate(made):
         context = StepContext(step, len(made), len(made), BATCH)
-        ready = batch.map_views(lambda view: replace(view, pixels=normalise(view.pixels, view.valid)))
+        ready = batch.map_views(normalise.view)
         loss = objective(ready, context)["loss"]
         optimiser.zero_grad()
         loss.backward()
