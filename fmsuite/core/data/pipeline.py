@@ -50,6 +50,7 @@ class SampleView:
         coords, spacing: as in ``ArraySample``.
         key: a 63-bit number that names this draw.
         bag: it is a bag of vectors.
+        maps: label maps that the request named, (*size) integers.
     """
 
     values: Array
@@ -60,6 +61,7 @@ class SampleView:
     spacing: tuple[float, ...] | None = None
     key: int = 0
     bag: bool = False
+    maps: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,8 +137,8 @@ class ViewPipeline:
         """The views by request name.
 
         Raises:
-            ValueError: if the augmentation changes a view's size, or a mask sampler returns anything but (N,) or
-                (M, N) bool that leaves invalid tokens alone.
+            ValueError: if the augmentation changes a view's size, the reader did not give a map that a request names,
+                or a mask sampler returns anything but (N,) or (M, N) bool that leaves invalid tokens alone.
         """
         views: dict[str, list[SampleView]] = {}
         masked = 0
@@ -152,6 +154,7 @@ class ViewPipeline:
                     spacing=cut.spacing,
                     key=derive(self.seed, "key", *draw),
                     bag=not request.size,
+                    maps={name: _label_map(cut, name, request) for name in request.maps},
                 )
                 if request.mask is not None:
                     context = self._context(cut, view.bag, key, masked, generator(self.seed, "mask", *draw))
@@ -211,6 +214,16 @@ class ViewPipeline:
             else:
                 valid = self.grid.valid_tokens(torch.from_numpy(cut.valid)[None])[0].numpy()
         return MaskContext(axes, shape, valid, stream, key, view, self.masked_views, cut.maps)
+
+
+def _label_map(cut: ArraySample, name: str, request: ViewRequest) -> Array:
+    labels = cut.maps.get(name)
+    if labels is None:
+        known = ", ".join(cut.maps) or "none"
+        raise ValueError(f"view '{request.name}' asks for the label map '{name}', and the reader gave: {known}")
+    if labels.dtype.kind not in "biu":
+        raise ValueError(f"the label map '{name}' of view '{request.name}' is {labels.dtype}, not integers")
+    return labels
 
 
 def _checked_mask(request: ViewRequest, context: MaskContext) -> Array:
@@ -346,6 +359,7 @@ def _stack(views: Sequence[SampleView]) -> View:
         coords,
         spacing,
         torch.tensor([view.key for view in views], dtype=torch.int64),
+        maps={name: _tensor([view.maps[name] for view in views], longest) for name in first.maps},
     )
 
 

@@ -63,7 +63,7 @@ class ArraySample(Sample):
             each axis to (N,).
         spacing: physical length of one array sample along each axis, where it is known and varies between sources.
         maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
-            plugin's mask sampler may read them.
+            plugin's mask sampler may read them, and a view brings those that its request names.
     """
 
     values: Array
@@ -126,6 +126,7 @@ class ViewRequest:
         augment: strength, one of ``AUGMENT``; the domain decides what is valid for its images at that strength.
         second: this view is the second of an asymmetric pair (less blur, solarisation, where the domain has them).
         mask: draws the tokens to mask, or ``None``.
+        maps: names of the sample's label maps to bring along, as targets.
     """
 
     name: str
@@ -136,6 +137,7 @@ class ViewRequest:
     augment: str = "weak"
     second: bool = False
     mask: MaskSampler | None = None
+    maps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ class View:
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
         keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+        maps: the label maps that the request named, (B, *size) integers; 0 where a shorter sample is padded, which
+            ``valid`` tells.
     """
 
     pixels: Tensor
@@ -189,6 +193,7 @@ class View:
     coords: dict[str, Tensor] = field(default_factory=dict)
     spacing: Tensor | None = None
     keys: Tensor | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -206,6 +211,7 @@ class View:
             {axis: function(values) for axis, values in self.coords.items()},
             each(self.spacing),
             each(self.keys),
+            maps={name: function(labels) for name, labels in self.maps.items()},
         )
 
     def to(self, device: torch.device | str) -> View:
@@ -241,6 +247,7 @@ class View:
             {axis: torch.cat([v.coords[axis] for v in views]) for axis in first.coords},
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
+            maps={name: torch.cat([v.maps[name] for v in views]) for name in first.maps},
         )
 
 
