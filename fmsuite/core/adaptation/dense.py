@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class DenseNetwork(nn.Module):
         options: of the decoder.
 
     Raises:
-        UsageError: for an unknown decoder, or what the decoder or the backbone refuse.
+        UsageError: for an unknown decoder or option, or what the decoder or the backbone refuse.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class DenseNetwork(nn.Module):
         if decoder not in DECODERS:
             raise UsageError(f"There is no decoder '{decoder}'.", nearest(decoder, DECODERS))
         kind = DECODERS[decoder]
+        known = [name for name in inspect.signature(kind).parameters if name not in ("levels", "in_chans", "classes")]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise UsageError(
+                f"The decoder '{decoder}' has no option '{unknown[0]}'.", f"It has: {', '.join(known) or 'none'}."
+            )
         if backbone.grid is None:
             raise UsageError("A bag of vectors has no feature map.", "Give the task images or volumes.")
         if is_hierarchical(backbone) and layers is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,8 @@ def sliding_window(
     for part in pixels.split(batch):
 
         def read(start: tuple[int, ...], extent: tuple[int, ...], part: Tensor = part) -> Tensor:
-            return part[(..., *(slice(s, s + e) for s, e in zip(start, extent, strict=True)))]
+            box: tuple[Any, ...] = (..., *(slice(s, s + e) for s, e in zip(start, extent, strict=True)))
+            return part[box]
 
         stripes = stream_windows(
             network,
@@ -245,7 +246,8 @@ class _Accumulator:
         self.weights = like.new_zeros((height, *plan.size[1:]))
 
     def add(self, place: tuple[int, ...], output: Tensor, weights: Tensor) -> None:
-        target, source = [], []
+        target: list[Any] = []
+        source: list[Any] = []
         for axis, (start, length, size) in enumerate(zip(place, self.plan.window, self.plan.size, strict=True)):
             begin, end = max(0, start), min(size, start + length)
             source.append(slice(begin - start, end - start))

@@ -69,8 +69,8 @@ def group_intervals(
     bounds = [(1 - confidence) / 2, (1 + confidence) / 2]
     found: dict[str, tuple[float, float] | None] = {}
     for name, pieces in parts.items():
-        values = torch.cat(pieces).double().numpy()
-        kept = values[np.isfinite(values)]
+        drawn = torch.cat(pieces).double().numpy()
+        kept = drawn[np.isfinite(drawn)]
         found[name] = None
         if len(kept) >= replicates / 2:
             low, high = np.quantile(kept, bounds)

@@ -167,3 +167,52 @@ def test_maps_of_a_transformer_are_its_layers():
     features = model(view, layers=(0, 2))
     for level, layer in zip(maps.levels, features.intermediate, strict=True):
         assert torch.equal(level.flatten(2).transpose(1, 2), layer)
+
+
+def _copy_block(ours, theirs) -> None:
+    """A residual block of MONAI's UNETR."""
+    ours.conv1.weight, ours.conv2.weight = theirs.conv1.conv.weight, theirs.conv2.conv.weight
+    if theirs.downsample:
+        ours.skip[0].weight = theirs.conv3.conv.weight
+
+
+@pytest.mark.parametrize("size", [(32, 48), (16, 32, 16)])
+def test_unetr_is_monais(size):
+    """MONAI's blocks, joined as its UNETR joins them (whose transformer needs a package of its own)."""
+    blocks = pytest.importorskip("monai.networks.blocks")
+    dims = len(size)
+    torch.manual_seed(0)
+    common = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
+    image = blocks.UnetrBasicBlock(dims, 2, 4, stride=1, **common)
+    climbs = [
+        blocks.UnetrPrUpBlock(
+            dims, 12, 4 * 2**rung, 3 - rung, stride=1, upsample_kernel_size=2, conv_block=True, **common
+        )
+        for rung in (1, 2, 3)
+    ]
+    decoders = [
+        blocks.UnetrUpBlock(dims, below, 4 * 2**rung, upsample_kernel_size=2, **common)
+        for rung, below in enumerate((8, 16, 32, 12))
+    ]
+    out = blocks.UnetOutBlock(dims, 4, 3)
+
+    ours = Unetr([Level(12, (16.0,) * dims)] * 4, 2, 3, base=4)
+    _copy_block(ours.image, image.layer)
+    for rung, climb in zip("123", climbs, strict=True):
+        ours.climbs[rung].ups[0].up.weight = climb.transp_conv_init.conv.weight
+        for number, (up, mix) in enumerate(climb.blocks, start=1):
+            ours.climbs[rung].ups[number].up.weight = up.conv.weight
+            _copy_block(ours.climbs[rung].mixes[number], mix)
+    for rung, decoder in enumerate(decoders):
+        ours.ups[rung].up.weight = decoder.transp_conv.conv.weight
+        _copy_block(ours.mixes[rung], decoder.conv_block)
+    ours.classify[0].weight, ours.classify[0].bias = out.conv.conv.weight, out.conv.conv.bias
+
+    pixels = torch.randn(2, 2, *size)
+    levels = tuple(torch.randn(2, 12, *(n // 16 for n in size)) for _ in range(4))
+    skips = [image(pixels), *(climb(level) for climb, level in zip(climbs, levels))]
+    x = levels[3]
+    for decoder, skip in zip(reversed(decoders), reversed(skips), strict=True):
+        x = decoder(x, skip)
+    (found,) = ours(FeatureMaps(levels, size, pixels))
+    torch.testing.assert_close(found, out(x), rtol=1e-5, atol=1e-5)
