@@ -52,6 +52,7 @@ class SampleView:
         key: a 63-bit number that names this draw.
         bag: it is a bag of vectors.
         adjust: as in ``ArraySample``.
+        maps: label maps that the request named, (*size) integers.
     """
 
     values: Array
@@ -63,6 +64,7 @@ class SampleView:
     key: int = 0
     bag: bool = False
     adjust: Adjustment | None = None
+    maps: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,8 +140,8 @@ class ViewPipeline:
         """The views by request name.
 
         Raises:
-            ValueError: if the augmentation changes a view's size, or a mask sampler returns anything but (N,) or
-                (M, N) bool that leaves invalid tokens alone.
+            ValueError: if the augmentation changes a view's size, the reader did not give a map that a request names,
+                or a mask sampler returns anything but (N,) or (M, N) bool that leaves invalid tokens alone.
         """
         views: dict[str, list[SampleView]] = {}
         masked = 0
@@ -156,6 +158,7 @@ class ViewPipeline:
                     key=derive(self.seed, "key", *draw),
                     bag=not request.size,
                     adjust=cut.adjust,
+                    maps={name: _label_map(cut, name, request) for name in request.maps},
                 )
                 if request.mask is not None:
                     context = self._context(cut, view.bag, key, masked, generator(self.seed, "mask", *draw))
@@ -217,6 +220,16 @@ class ViewPipeline:
             else:
                 valid = self.grid.valid_tokens(torch.from_numpy(cut.valid)[None])[0].numpy()
         return MaskContext(axes, shape, valid, stream, key, view, self.masked_views, cut.maps)
+
+
+def _label_map(cut: ArraySample, name: str, request: ViewRequest) -> Array:
+    labels = cut.maps.get(name)
+    if labels is None:
+        known = ", ".join(cut.maps) or "none"
+        raise ValueError(f"view '{request.name}' asks for the label map '{name}', and the reader gave: {known}")
+    if labels.dtype.kind not in "biu":
+        raise ValueError(f"the label map '{name}' of view '{request.name}' is {labels.dtype}, not integers")
+    return labels
 
 
 def _checked_mask(request: ViewRequest, context: MaskContext) -> Array:
@@ -353,6 +366,7 @@ def _stack(views: Sequence[SampleView]) -> View:
         spacing,
         torch.tensor([view.key for view in views], dtype=torch.int64),
         stacked([view.adjust for view in views]),
+        maps={name: _tensor([view.maps[name] for view in views], longest) for name in first.maps},
     )
 
 

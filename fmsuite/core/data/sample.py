@@ -67,7 +67,7 @@ class ArraySample(Sample):
             each axis to (N,).
         spacing: physical length of one array sample along each axis, where it is known and varies between sources.
         maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
-            plugin's mask sampler may read them.
+            plugin's mask sampler may read them, and a view brings those that its request names.
         adjust: what is still to be done to the values, on the device.
     """
 
@@ -132,6 +132,7 @@ class ViewRequest:
         augment: strength, one of ``AUGMENT``; the domain decides what is valid for its images at that strength.
         second: this view is the second of an asymmetric pair (less blur, solarisation, where the domain has them).
         mask: draws the tokens to mask, or ``None``.
+        maps: names of the sample's label maps to bring along, as targets.
     """
 
     name: str
@@ -142,6 +143,7 @@ class ViewRequest:
     augment: str = "weak"
     second: bool = False
     mask: MaskSampler | None = None
+    maps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class View:
         keys: (B,) int64, a number for each sample and draw, for randomness inside the network; they stay on the host.
         adjust: parameters of what is still to be done to the raw pixels (``core.data.adjust``), (B, ...) each; they
             stay on the host. ``None`` once it is done.
+        maps: the label maps that the request named, (B, *size) integers; 0 where a shorter sample is padded, which
+            ``valid`` tells.
     """
 
     pixels: Tensor
@@ -198,6 +202,7 @@ class View:
     spacing: Tensor | None = None
     keys: Tensor | None = None
     adjust: dict[str, Tensor] | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -216,6 +221,7 @@ class View:
             each(self.spacing),
             each(self.keys),
             None if self.adjust is None else {name: function(part) for name, part in self.adjust.items()},
+            maps={name: function(labels) for name, labels in self.maps.items()},
         )
 
     def to(self, device: torch.device | str) -> View:
@@ -258,6 +264,7 @@ class View:
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
             None if parts is None else {name: torch.cat([v.adjust[name] for v in views if v.adjust]) for name in parts},
+            maps={name: torch.cat([v.maps[name] for v in views]) for name in first.maps},
         )
 
 
