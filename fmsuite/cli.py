@@ -213,8 +213,19 @@ def embed(
         str | None, typer.Option(help="Use only these of the encoder's channels, separated by commas.")
     ] = None,
     batch_size: BatchSize = None,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes that read ahead; -1 chooses.")] = -1,
+    workers: Annotated[
+        int, typer.Option(min=-1, help="Processes that read ahead for each that embeds; -1 chooses.")
+    ] = -1,
     device: Device = "auto",
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes that embed, on GPUs one for each; 0 embeds in this one.")
+    ] = 0,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of this machine to embed on, a process for each.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Embed on a Ray cluster: HOST:PORT, auto, or local to start one here."),
+    ] = None,
+    ray_cpus: Annotated[float | None, typer.Option(help="Cores of each worker of the cluster; 1 if absent.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store of another encoder or index.")
     ] = False,
@@ -233,6 +244,10 @@ def embed(
         batch_size=batch_size,
         workers=workers,
         device=device,
+        processes=processes,
+        gpus=gpus,
+        ray=ray,
+        ray_cpus=ray_cpus,
         overwrite=overwrite,
         strict=strict,
         progress=console_progress,

@@ -153,7 +153,7 @@ def embed(
     def run() -> Iterator[None]:
         with closing(_outcomes(make, plan, pool)) as outcomes:
             for outcome in outcomes:
-                groups.take(outcome.unit, outcome.result or _given_up(outcome))
+                groups.take(outcome.unit, outcome.result or _given_up(outcome, facts.dim))
                 yield from [None] * len(outcome.unit)
 
     for _ in progress(run(), plan.windows, "Embedding windows"):
@@ -177,13 +177,13 @@ def _ahead(pool: Pool) -> int:
     return max(1, default_workers() // max(1, pool.processes))
 
 
-def _given_up(outcome: Outcome[WindowsUnit, UnitFeatures]) -> UnitFeatures:
+def _given_up(outcome: Outcome[WindowsUnit, UnitFeatures], dim: int) -> UnitFeatures:
     """All windows of a unit as failures."""
     reason = outcome.failure or ""
     failures: dict[str, Failures] = {}
     for place, source in enumerate(outcome.unit.windows.table.column("source").to_pylist()):
         failures.setdefault(source, Failures(source, WORKER_STAGE, reason)).places.append(place)
-    return UnitFeatures(np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.float32), list(failures.values()))
+    return UnitFeatures(np.empty(0, dtype=np.int64), np.empty((0, dim), dtype=np.float32), list(failures.values()))
 
 
 @dataclass

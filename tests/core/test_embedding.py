@@ -350,6 +350,6 @@ def test_memory_does_not_grow_with_the_number_of_slides(tmp_path: Path) -> None:
     """100 slides of half a MiB of features each; the largest memory in use rises by far less than that."""
     ran = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
     first, few, many = map(int, re.findall(r"\d+", ran.stdout))
-    assert few - first < 15
-    assert many - few < 15
+    assert few - first < 20
+    assert many - few < 20
     assert sum(file.stat().st_size for file in (tmp_path / "100.zarr").rglob("*") if file.is_file()) > 50 * 2**20

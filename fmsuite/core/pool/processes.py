@@ -149,6 +149,9 @@ def _end(place: _Place) -> None:
 def _worker(connection: Connection, place: int, threads: int, levels: dict[str, int]) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Loaders' processes are then this one's children, in its group, and not those of the process it came from.
+        multiprocessing.set_start_method("fork", force=True)
     set_slot(place)
     torch.set_num_threads(threads)
     channel = Channel()
