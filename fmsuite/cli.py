@@ -183,7 +183,6 @@ def tile(
     processes: Annotated[
         int | None,
         typer.Option(
-            min=0,
             help="That look at sources; 0: none but this. If absent, one a core where that is worth their start.",
         ),
     ] = None,
