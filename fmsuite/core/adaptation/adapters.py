@@ -38,16 +38,13 @@ class Bottleneck(nn.Module):
 class AdaptedLinear(nn.Linear):
     """A linear layer with a bottleneck behind it: before LayerScale and before the residual sum, as in figure 2.
 
-    ``weight`` and ``bias`` are those of the layer that it takes the place of, and do not train.
+    ``weight`` and ``bias`` are those of the layer that it takes the place of; ``insert_adapters`` stops their training.
     """
 
     def __init__(self, layer: nn.Linear, hidden: int) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight = layer.weight
         self.bias = layer.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.adapter = Bottleneck(layer.out_features, hidden).to(layer.weight.device, layer.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

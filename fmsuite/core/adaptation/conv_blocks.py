@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,10 +32,10 @@ def conv(dims: int, width: int, out: int, kernel: int = 3, stride: int = 1, bias
     return _CONV[dims - 1](width, out, kernel, stride=stride, padding=kernel // 2, bias=bias)
 
 
-def deconv(width: int, out: int, factors: Sequence[int]) -> nn.Module:
+def deconv(width: int, out: int, factors: Sequence[int], bias: bool = True) -> nn.Module:
     """A transposed convolution whose kernel is its stride: each cell becomes a block of ``factors``."""
     factors = tuple(factors)
-    return _DECONV[len(factors) - 1](width, out, factors, stride=factors)
+    return _DECONV[len(factors) - 1](width, out, factors, stride=factors, bias=bias)
 
 
 def max_pool(dims: int) -> nn.Module:
@@ -101,7 +100,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int, out: int, factors: Sequence[float]) -> None:
         super().__init__()
-        self.up = deconv(width, out, [math.ceil(factor) for factor in factors])
+        self.up = deconv(width, out, [math.ceil(factor) for factor in factors], bias=False)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return resize(self.up(x), size)
@@ -112,11 +111,11 @@ def cells(size: Sequence[int], stride: Sequence[float]) -> tuple[int, ...]:
     return tuple(math.ceil(n / s - 1e-6) for n, s in zip(size, stride, strict=True))
 
 
-def init_convolutions(module: nn.Module) -> None:
-    """He et al. 2015's law for convolutions, fan out, and zero biases. For ``module.apply``."""
-    if isinstance(module, _CONV + _DECONV):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module.bias, torch.nn.Parameter):
-            nn.init.zeros_(module.bias)
+def classifier(dims: int, width: int, classes: int) -> nn.Module:
+    """A 1 x 1 convolution whose logits start near zero, whatever the width: no class is favoured at first."""
+    layer = conv(dims, width, classes, 1)
+    assert isinstance(layer.weight, Tensor)
+    assert isinstance(layer.bias, Tensor)
+    nn.init.trunc_normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmsuite.core.adaptation.conv_blocks import check_axes, conv, deconv, init_convolutions, resize
+from fmsuite.core.adaptation.conv_blocks import check_axes, classifier, conv, deconv, resize
 from fmsuite.core.adaptation.feature_maps import Decoder, FeatureMaps, Level
 from fmsuite.core.adaptation.pyramid import SCALES
 from fmsuite.errors import UsageError
@@ -76,9 +76,8 @@ class Dpt(Decoder):
         self.skips = nn.ModuleList(_ResidualUnit(dims, width) for _ in levels)
         self.fusions = nn.ModuleList(_ResidualUnit(dims, width) for _ in levels)
         self.projects = nn.ModuleList(conv(dims, width, width, 1) for _ in levels)
-        self.head = nn.Sequential(conv(dims, width, width // 2), nn.ReLU(), conv(dims, width // 2, classes, 1))
-        self.deep = nn.ModuleList(conv(dims, width, classes, 1) for _ in range(deep))
-        self.apply(init_convolutions)
+        self.head = nn.Sequential(conv(dims, width, width // 2), nn.ReLU(), classifier(dims, width // 2, classes))
+        self.deep = nn.ModuleList(classifier(dims, width, classes) for _ in range(deep))
 
     @classmethod
     def wanted(cls, stride: tuple[float, ...]) -> int:

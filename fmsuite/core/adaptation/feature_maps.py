@@ -202,7 +202,7 @@ def is_hierarchical(backbone: Backbone) -> bool:
 def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
     if isinstance(backbone, Hierarchical):
         return backbone.levels
-    if isinstance(backbone, TimmBackbone) and not hasattr(backbone.model, "blocks"):
+    if isinstance(backbone, TimmBackbone) and not backbone._is_transformer:
         info = backbone.model.feature_info
         return tuple(Level(entry["num_chs"], (float(entry["reduction"]),) * 2) for entry in info)
     return ()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fmsuite.core.adaptation.conv_blocks import check_axes, conv, resize
+from fmsuite.core.adaptation.conv_blocks import check_axes, classifier, resize
 from fmsuite.core.adaptation.feature_maps import Decoder, FeatureMaps, Level
 
 
@@ -25,11 +25,7 @@ class LinearDecoder(Decoder):
     def __init__(self, levels: Sequence[Level], in_chans: int, classes: int) -> None:
         super().__init__()
         dims = check_axes(len(levels[0].stride))
-        self.classify = conv(dims, sum(level.width for level in levels), classes, 1)
-        weight = self.classify.weight
-        assert isinstance(weight, nn.Parameter)
-        nn.init.trunc_normal_(weight, std=0.02)
-        nn.init.zeros_(self.classify.bias)  # type: ignore[arg-type]
+        self.classify = classifier(dims, sum(level.width for level in levels), classes)
 
     @classmethod
     def wanted(cls, stride: tuple[float, ...]) -> int:

@@ -38,7 +38,7 @@ def block_linears(backbone: Backbone, leaves: Iterable[str]) -> dict[str, nn.Lin
 def replace_linears(
     backbone: Backbone, layers: dict[str, nn.Linear], make: Callable[[str, nn.Linear], nn.Module]
 ) -> None:
-    """Put other modules in the place of linear layers.
+    """Put other modules in the place of linear layers, whose own parameters stop training.
 
     Args:
         layers: as ``block_linears`` gave them.
@@ -63,6 +63,8 @@ def replace_linears(
                 f"This {type(backbone).__name__} cannot tell which layer a new parameter of {name} is in.",
                 "Use a vit_* model.",
             ) from error
+    for layer in layers.values():
+        layer.requires_grad_(False)
 
 
 def _put(backbone: Backbone, name: str, module: nn.Module) -> None:

@@ -22,8 +22,9 @@ _NAMES = ("lora_down", "lora_up")
 class LoraLinear(nn.Linear):
     """A linear layer W x + b with W + (alpha / r) B A in the place of W (section 4.1).
 
-    ``weight`` and ``bias`` are those of the layer that it takes the place of, the same tensors under the same names,
-    and do not train. B starts at zero, so that the layer starts as it was; A starts as a linear layer's weights do.
+    ``weight`` and ``bias`` are those of the layer that it takes the place of, the same tensors under the same names;
+    ``insert_lora`` stops their training. B starts at zero, so that the layer starts as it was; A starts as a linear
+    layer's weights do.
 
     Args:
         layer: it takes the place of this one.
@@ -40,9 +41,6 @@ class LoraLinear(nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight = layer.weight
         self.bias = layer.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.rank, self.scale = rank, alpha / rank
         self.thirds = None if thirds is None else tuple(sorted(thirds))
         parts = 1 if self.thirds is None else len(self.thirds)

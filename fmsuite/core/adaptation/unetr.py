@@ -12,8 +12,7 @@ from fmsuite.core.adaptation.conv_blocks import (
     Upsample,
     cells,
     check_axes,
-    conv,
-    init_convolutions,
+    classifier,
 )
 from fmsuite.core.adaptation.feature_maps import Decoder, FeatureMaps, Level
 from fmsuite.errors import UsageError
@@ -79,8 +78,7 @@ class Unetr(Decoder):
                 self.climbs[str(j)] = _Climb(dims, level.width, widths[j], self.ladder, start, j)
         if steps == 0:
             self.mixes.append(ResidualBlock(dims, base + lowest.width, base))
-        self.classify = nn.ModuleList(conv(dims, ([*widths, base])[j], classes, 1) for j in range(deep + 1))
-        self.apply(init_convolutions)
+        self.classify = nn.ModuleList(classifier(dims, [*widths, base][j], classes) for j in range(deep + 1))
 
     @classmethod
     def wanted(cls, stride: Stride) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmsuite.core.adaptation.conv_blocks import ConvNormAct, check_axes, conv, init_convolutions, resize
+from fmsuite.core.adaptation.conv_blocks import ConvNormAct, check_axes, classifier, resize
 from fmsuite.core.adaptation.feature_maps import Decoder, FeatureMaps, Level
 from fmsuite.core.adaptation.pyramid import SCALES, SimpleFeaturePyramid
 from fmsuite.errors import UsageError
@@ -63,8 +63,7 @@ class UperNet(Decoder):
         self.lateral = nn.ModuleList(ConvNormAct(dims, level.width, width, 1) for level in inputs[:-1])
         self.smooth = nn.ModuleList(ConvNormAct(dims, width, width) for _ in inputs[:-1])
         self.fuse = ConvNormAct(dims, len(inputs) * width, width)
-        self.classify = nn.ModuleList(conv(dims, width, classes, 1) for _ in range(deep + 1))
-        self.apply(init_convolutions)
+        self.classify = nn.ModuleList(classifier(dims, width, classes) for _ in range(deep + 1))
 
     @classmethod
     def wanted(cls, stride: tuple[float, ...]) -> int:

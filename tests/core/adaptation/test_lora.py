@@ -94,3 +94,15 @@ def test_bad_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         insert_lora(backbone, **options)
     assert not lora_layers(backbone)
+
+
+def test_a_backbone_that_cannot_place_new_parameters_is_left_as_it_was(monkeypatch):
+    backbone = small()
+    known = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
+    monkeypatch.setattr(backbone, "layer_of", known.__getitem__)
+    before = list(backbone.named_parameters())
+    with pytest.raises(UsageError, match="cannot tell which layer"):
+        insert_lora(backbone, rank=2, targets=("fc2", "proj"))
+    assert not lora_layers(backbone)
+    after = dict(backbone.named_parameters())
+    assert all(after[name] is parameter and parameter.requires_grad for name, parameter in before)
