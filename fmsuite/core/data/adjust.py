@@ -130,7 +130,7 @@ def adjusted(view: View) -> View:
 
 
 def _applied(pixels: Tensor, valid: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
-    values = pixels.to(torch.float32)
+    values = pixels.to(torch.float32, copy=True)
     if valid is not None:
         # An invalid value may be anything, NaN too, which no weight of zero takes out of a sum.
         values = torch.where(valid, values, torch.zeros((), device=values.device))
@@ -199,10 +199,10 @@ def _channel_means(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _clipped(values: Tensor, limits: Tensor) -> Tensor:
-    """To (B, 2) limits."""
+    """To (B, 2) limits, in place."""
     if torch.equal(limits, limits[:1].expand_as(limits)):
         low, high = limits[0].tolist()
-        return values if low == -np.inf and high == np.inf else values.clamp(low, high)
+        return values if low == -np.inf and high == np.inf else values.clamp_(low, high)
     return torch.minimum(torch.maximum(values, _there(limits[:, 0], values)), _there(limits[:, 1], values))
 
 
