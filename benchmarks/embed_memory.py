@@ -4,7 +4,8 @@
 
 Makes slides and embeds each number of them in a process of its own, with a loader's process, as
 ``fmsuite embed`` does; ``--processes 2`` embeds in two more. While it runs, the proportional set sizes of all its
-processes are added up (shared pages count once); the largest sum counts. Each number is run in turns.
+processes are added up: anonymous and shared memory, pages of several processes once. Pages of files (libraries, slides)
+are left out: other programs decide how they are shared. The largest sum counts, and each number is run in turns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fmsuite.core.data.index import SampleIndex, Window
 
 SIDE, SIZE = 16, 64
 LOOK_S = 0.1
+COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 RUN = """
 import sys
@@ -98,7 +100,7 @@ def memory(pid: int) -> int:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(COUNTED))
     return total
 
 
