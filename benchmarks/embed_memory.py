@@ -25,7 +25,7 @@ import tifffile
 from fmsuite.core.data.index import SampleIndex, Window
 
 SIDE, SIZE = 16, 64
-LOOK_S = 0.1
+LOOK_S = 0.4
 COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 RUN = """
@@ -41,7 +41,7 @@ from fmsuite.core.inputs import InputSpec, rgb_channels
 if __name__ == "__main__":
     index, out, processes, width = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     spec = InputSpec(axes=("y", "x"), size=(64, 64), channels=rgb_channels(), scale=1 / 255)
-    config = ModelConfig(name="vit_tiny", width=width, depth=1, heads=2, patch_size=32)
+    config = ModelConfig(name="vit_tiny", width=width, depth=1, heads=2, patch_size=64)
     save_encoder(out.parent / "run", VisionTransformer(config, spec), spec, "cls", {})
     done = embed(str(out.parent / "run"), index, out, device="cpu", workers=1, processes=processes)
     assert not done.skipped
