@@ -4,7 +4,8 @@
 
 Makes slides and embeds each number of them in a process of its own, with a loader's process, as
 ``fmsuite embed`` does; ``--processes 2`` embeds in two more. While it runs, the proportional set sizes of all its
-processes are added up (shared pages count once); the largest sum counts. Each number is run in turns.
+processes are added up: anonymous and shared memory, pages of several processes once. Pages of files (libraries, slides)
+are left out: other programs decide how they are shared. The largest sum counts, and each number is run in turns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import tifffile
 from fmsuite.core.data.index import SampleIndex, Window
 
 SIDE, SIZE = 16, 64
-LOOK_S = 0.1
+LOOK_S = 0.4
+COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 RUN = """
 import sys
@@ -39,7 +41,7 @@ from fmsuite.core.inputs import InputSpec, rgb_channels
 if __name__ == "__main__":
     index, out, processes, width = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     spec = InputSpec(axes=("y", "x"), size=(64, 64), channels=rgb_channels(), scale=1 / 255)
-    config = ModelConfig(name="vit_tiny", width=width, depth=1, heads=2, patch_size=32)
+    config = ModelConfig(name="vit_tiny", width=width, depth=1, heads=2, patch_size=64)
     save_encoder(out.parent / "run", VisionTransformer(config, spec), spec, "cls", {})
     done = embed(str(out.parent / "run"), index, out, device="cpu", workers=1, processes=processes)
     assert not done.skipped
@@ -98,7 +100,7 @@ def memory(pid: int) -> int:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(COUNTED))
     return total
 
 
