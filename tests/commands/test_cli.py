@@ -41,6 +41,22 @@ def test_list_names_what_there_is(fmsuite: Callable, what: str, expected: list[s
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrian"], "'pretrain'"),
+        (["embed", "--chanels", "red"], "--channels"),
+        (["embed", "-e", "x", "--index", "y", "--out", "z", "--batch-size", "0"], "--batch-size"),
+        (["pretrain"], "--domain"),
+        (["tile", "--domain", "svg", "--out", "x"], "paths"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_wrong_use(fmsuite: Callable, arguments: list[str], words: str) -> None:
+    ran = fmsuite(*arguments)
+    assert ran.code == 2
+    assert words in ran.text
+
+
+@pytest.mark.parametrize(
     ("arguments", "suggestion"),
     [
         (["list", "recipe"], "'recipes'"),
