@@ -102,22 +102,22 @@ def test_a_stopped_launcher_has_saved_and_leaves_no_process(
 def test_a_killed_rank_is_restarted_and_no_sample_is_repeated_or_dropped(
     start, launcher, tiles, tile_settings: Callable, facts_of: Callable, until: Callable, tmp_path: Path
 ) -> None:
-    changes = {**LONG, "training.steps": 40, "model.drop_path": 0.3, "model.depth": 2}
+    changes = {**LONG, "training.steps": 24, "model.drop_path": 0.3, "model.depth": 2}
     arguments = ["pretrain", *tile_settings("mae", changes), "--data", str(tiles)]
     run = tmp_path / "killed"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = start(*torchrun, "-m", "fmsuite", *arguments, "--out", run)
-    until(lambda: len(steps_of(run)) >= 14)
+    until(lambda: len(steps_of(run)) >= 10)
     victim = max(pid for pid in children_of(command.pid) if "fmsuite" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(victim, signal.SIGKILL)
     said, _ = command.communicate(timeout=120)
     assert command.returncode == 0, said
     assert "Restart 1: going on from the last checkpoint." in said
     (resumed,) = [int(line.split()[4]) for line in said.splitlines() if "Resuming after step" in line]
-    assert resumed >= 8
+    assert 4 <= resumed < 24
     ran = launcher.start(*arguments, "--out", tmp_path / "whole").wait()
     assert ran.code == 0, ran.text
-    check_equal(facts_of(run), facts_of(tmp_path / "whole"), 40)
+    check_equal(facts_of(run), facts_of(tmp_path / "whole"), 24)
 
 
 def test_a_process_whose_peer_died_says_so_in_a_sentence(
