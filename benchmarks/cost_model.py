@@ -160,13 +160,15 @@ def tables(run: Run, utilisation: float) -> str:
     published = rate * run.flops.total / (peak * 1e12)
     pixels = sum(side**2 * count for side, count in TILES.items())
     passes, jpeg = run.samples / sum(TILES.values()), BYTES_PER_PIXEL * pixels / 1e12
-    million = [f"{count / 1e6:,.{places}f}" for count, places in ((run.blocks, 0), (run.heads, 0), (run.rest, 1))]
+    counts = ((run.blocks, 0), (run.heads, 0), (run.rest, 1))
+    million = [f"{count / 1e6:,.{places}f}" for count, places in counts]
+    each = f"{run.flops.forward / 1e9:,.0f}, {run.flops.backward / 1e9:,.0f} GFLOP"
     facts = {
-        "operations a sample: forward, backward": f"{run.flops.forward / 1e9:,.0f}, {run.flops.backward / 1e9:,.0f} GFLOP",
+        "operations a sample: forward, backward": each,
         "operations in all": f"{total:.2e}",
         f"GPU-hours at {100 * utilisation:.0f}% of {PEAK:,.0f} TFLOP/s (H100, H200)": f"{hours:,.0f}",
         f"GPU-hours at the published rate: {name}, {gpus} {gpu}, about {wall:.0f} h for {samples / 1e6:,.0f} million "
-        f"samples ({rate:.0f} samples/s a GPU, {100 * published:.0f}% of its peak)": f"{run.samples / rate / 3600:,.0f}",
+        f"samples ({rate:.0f}/s a GPU, {100 * published:.0f}% of its peak)": f"{run.samples / rate / 3600:,.0f}",
         "our own rate on a GPU": "not measured",
         "parameters with gradients: blocks, heads, rest": f"{', '.join(million)} million",
         "weights, two moments and teacher in float32; each checkpoint": f"{16 * run.trained / 1e9:.1f} GB",
@@ -228,9 +230,9 @@ def tables(run: Run, utilisation: float) -> str:
         f"{INFINIBAND / 1e9:.0f} GB/s between nodes (NDR InfiniBand of 400 Gb/s",
         f"for each GPU), by their data sheets, of which collectives reach {100 * REACHED:.0f}%; rings; "
         f"{1e6 * LATENCY:.0f} us for a small collective; {DISK / 1e9:g} GB/s to a shared file system;",
-        f"bytes of tiles and slides as said; utilisation equal at all sizes, which with {run.batch // 512} samples a "
-        "GPU it would not be. Reader rates are those of",
-        '"Windows of a slide", on one core of this machine; cropping ten views and changing their colours comes on top.',
+        f"bytes of tiles and slides as said; utilisation equal at all sizes, which with {run.batch // 512} samples "
+        "a GPU it would not be. Reader rates are those of",
+        '"Windows of a slide", on one core of this machine; cutting ten crops and changing their colours is extra.',
         END,
     ]
     return "\n".join(lines)
