@@ -24,8 +24,8 @@ import tifffile
 
 from fmsuite.core.data.index import SampleIndex, Window
 
-SIDE, SIZE = 16, 64
-LOOK_S = 0.4
+SIDE, SIZE = 16, 32
+LOOK_S = 0.1
 COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 RUN = """
@@ -40,9 +40,9 @@ from fmsuite.core.inputs import InputSpec, rgb_channels
 
 if __name__ == "__main__":
     index, out, processes, width = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    spec = InputSpec(axes=("y", "x"), size=(64, 64), channels=rgb_channels(), scale=1 / 255)
-    config = ModelConfig(name="vit_tiny", width=width, depth=1, heads=2, patch_size=64)
-    save_encoder(out.parent / "run", VisionTransformer(config, spec), spec, "cls", {})
+    spec = InputSpec(axes=("y", "x"), size=(32, 32), channels=rgb_channels(), scale=1 / 255)
+    config = ModelConfig(name="vit_tiny", width=width // 2, depth=1, heads=2, patch_size=32)
+    save_encoder(out.parent / "run", VisionTransformer(config, spec), spec, "cls+mean", {})
     done = embed(str(out.parent / "run"), index, out, device="cpu", workers=1, processes=processes)
     assert not done.skipped
     print(done.groups, done.windows)
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=0, help="of embed, as --processes of the command")
-    parser.add_argument("--width", type=int, default=1024, help="of a feature vector")
+    parser.add_argument("--width", type=int, default=1024, help="of a feature vector, even")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         slides = make_slides(Path(folder) / "slides", options.many)
