@@ -15,7 +15,7 @@ import torch
 from fmsuite import __version__
 from fmsuite.core.data.grouping import By
 from fmsuite.core.data.index import SampleIndex
-from fmsuite.core.data.loader import default_workers
+from fmsuite.core.data.loader import WORKERS_ADVICE, default_workers, explained_deaths
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.skipped import Skipped, SkippedLog
 from fmsuite.core.embedding_plan import UNIT_BATCHES, Plan, WindowsUnit
@@ -157,8 +157,10 @@ def embed(
                 groups.take(outcome.unit, outcome.result or _given_up(outcome, facts.dim))
                 yield from [None] * len(outcome.unit)
 
-    for _ in progress(run(), plan.windows, "Embedding windows"):
-        pass
+    # torch tells of a reader's death in whatever runs then, which may be the writing here.
+    with explained_deaths(WORKERS_ADVICE):
+        for _ in progress(run(), plan.windows, "Embedding windows"):
+            pass
     if not store.stored():
         first = next(iter(store.unreadable().values()))
         raise FmsuiteError(
