@@ -18,7 +18,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.loader import WORKERS_ADVICE, default_workers, explained_deaths
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.skipped import Skipped, SkippedLog
-from fmsuite.core.embedding_plan import UNIT_BATCHES, Plan, WindowsUnit
+from fmsuite.core.embedding_plan import BATCHING, UNIT_BATCHES, Plan, WindowsUnit
 from fmsuite.core.embedding_work import Embedder, Failures, MakeWork, UnitFeatures
 from fmsuite.core.features import FeatureStore, StoreFacts
 from fmsuite.core.pool import ONE_CORE, Outcome, Resources, run_units
@@ -87,6 +87,7 @@ def store_facts(
         index_hash=index.hash,
         by=by,
         batch_size=batch_size,
+        batching=BATCHING,
         precision=precision,
         versions={"fmsuite": __version__, **package_versions(_PACKAGES)},
         command=list(command),
