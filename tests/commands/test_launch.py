@@ -157,7 +157,7 @@ def test_auto_resume_begins_a_run_and_continues_it(
     assert "The run is complete" in ran.text
     ran = fmsuite(*given[:-2])
     assert ran.code == 2
-    assert "--auto-resume need --out" in ran.text
+    assert "--auto-resume needs --out" in ran.text
     ran = fmsuite(*given, "--resume")
     assert ran.code == 2
     assert "exclude each other" in ran.text
