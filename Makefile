@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
-# One process more than cores: many tests wait for processes that they started.
-TESTERS ?= $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 
 .PHONY: demo test lint types unit docs setup system clean
 
@@ -29,7 +27,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TESTERS) --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --durations 15
 
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet
