@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,20 +82,3 @@ def test_wrong_use_is_said_by_every_process_and_none_hangs(launcher, tiles, tile
         for ran in [command.wait() for command in commands]:
             assert ran.code == 2, ran.text
             assert sentence in ran.text
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_command_as_documented(
-    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path
-) -> None:
-    arguments = ["pretrain", *tile_settings("mae", {**CHANGES["mae"], "training.steps": STEPS}), "--data", str(tiles)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fmsuite"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
-        [*command, *arguments, "--out", str(tmp_path / "two")], env=environment, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("Done at step") == 1
-    ran = launcher.start(*arguments, "--out", tmp_path / "one").wait()
-    assert ran.code == 0, ran.text
-    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))
