@@ -18,7 +18,6 @@ from fmsuite.core.training.optim import OptimSchedules, apply_schedules, make_op
 from fmsuite.core.training.strategy import (
     MOMENTS,
     Strategy,
-    blocks_of,
     choose_strategy,
     hidden_backbones,
     make_strategy,
@@ -82,7 +81,7 @@ def assert_parts(objective: Objective) -> None:
         assert isinstance(parameter, DTensor) == (parameter.dim() > 0), name
         if isinstance(parameter, DTensor):
             assert parameter.to_local().numel() <= -(-len(parameter) // world_size()) * parameter[0].numel()
-    for block in blocks_of(objective.backbone):
+    for block in objective.backbone.transformer_blocks():
         assert isinstance(block, module.FSDPModule)
 
 
