@@ -1,4 +1,4 @@
-"""A whole source on the input's grid: what dense predictions are made over, and the way back to the source's own grid."""
+"""A whole source on the grid of a model's input: what dense predictions are made over, and the way back."""
 
 from __future__ import annotations
 
