@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fmsuite.core.evaluation.results import RESULTS, Estimate, Facts, Record
 from fmsuite.errors import FmsuiteError, UsageError
@@ -41,7 +41,7 @@ class Case(Record):
     id: str
     sources: list[str]
     group: str
-    truth: list[str | float | None] = []
+    truth: list[str | float | None] = Field(default_factory=list)
 
 
 class Metric(Record):
@@ -107,9 +107,9 @@ class TunedRun(Record):
     steps: int
     seconds: float
     cases: list[int]
-    failed: list[int] = []
-    scores: dict[str, list[list[float | None]]] = {}
-    outputs: list[list[float]] = []
+    failed: list[int] = Field(default_factory=list)
+    scores: dict[str, list[list[float | None]]] = Field(default_factory=dict)
+    outputs: list[list[float]] = Field(default_factory=list)
 
 
 class Cell(Record):
@@ -129,7 +129,7 @@ class Cell(Record):
     groups: tuple[int, int]
     cases: int
     scores: dict[str, dict[str, Estimate]]
-    differences: dict[str, dict[str, Estimate]] = {}
+    differences: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
 
 
 class Panel(Record):
@@ -184,9 +184,9 @@ class FinetuneResults(Record):
     fractions: list[float]
     runs: list[TunedRun]
     cells: list[Cell]
-    panels: list[Panel] = []
+    panels: list[Panel] = Field(default_factory=list)
     interval: str
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     facts: Facts
 
     @property
