@@ -117,6 +117,16 @@ class MaskDecoder(VisibleEncoder):
 
     def decode_tokens(self, features: Features, ids: Tensor, keep_valid: Tensor | None, layout: TokenLayout) -> Tensor:
         """(B, N, decoder_width) tokens before the prediction heads, for objectives with several kinds of head."""
+        tokens, key_mask = self.place_tokens(features, ids, keep_valid, layout)
+        for block in self.decoder_blocks:
+            tokens = block(tokens, key_mask=key_mask)
+        return self.decoder_norm(tokens)[:, int(features.cls is not None) :]
+
+    def place_tokens(
+        self, features: Features, ids: Tensor, keep_valid: Tensor | None, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """What goes into the decoder's first block: (B, S, decoder_width), the class token first if there is one, then
+        all N tokens in the order of the layout; and which of them attention may read, see ``key_mask_of``."""
         shown = self.decoder_embed(features.patches)
         hidden = self.mask_token.to(shown.dtype)
         if keep_valid is not None:
@@ -128,10 +138,7 @@ class MaskDecoder(VisibleEncoder):
         if features.cls is not None:
             prefix = 1
             tokens = torch.cat([self.decoder_embed(features.cls)[:, None], tokens], dim=1)
-        key_mask = key_mask_of(layout.valid, prefix)
-        for block in self.decoder_blocks:
-            tokens = block(tokens, key_mask=key_mask)
-        return self.decoder_norm(tokens)[:, prefix:]
+        return tokens, key_mask_of(layout.valid, prefix)
 
     def _positions(self, layout: TokenLayout) -> Tensor:
         return decoder_positions(layout, self.config)
