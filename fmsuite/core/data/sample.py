@@ -123,6 +123,9 @@ class ViewRequest:
         size: length along each axis after resampling.
         scale: range of the crop's share of the sample's area or volume; (1, 1) is the whole sample.
         ratio: range of the crop's aspect ratio.
+        cells: into how many equal cells the sample is divided along each axis. A view is then of a cell's size, at a
+            random place, and ``scale`` and ``ratio`` are not read. One along axes that are not spatial.
+        tiled: the views are those cells themselves, row-major; ``count`` is their number.
         augment: strength, one of ``AUGMENT``; the domain decides what is valid for its images at that strength.
         second: this view is the second of an asymmetric pair (less blur, solarisation, where the domain has them).
         mask: draws the tokens to mask, or ``None``.
@@ -136,6 +139,8 @@ class ViewRequest:
     augment: str = "weak"
     second: bool = False
     mask: MaskSampler | None = None
+    cells: tuple[int, ...] | None = None
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,8 @@ class View:
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
         keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+        box: (B, 2, A) float32, where the view was cut from, before it was flipped or turned: start and extent along
+            each axis as shares of the sample's length. ``None`` for bags.
     """
 
     pixels: Tensor
@@ -189,6 +196,7 @@ class View:
     coords: dict[str, Tensor] = field(default_factory=dict)
     spacing: Tensor | None = None
     keys: Tensor | None = None
+    box: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -206,6 +214,7 @@ class View:
             {axis: function(values) for axis, values in self.coords.items()},
             each(self.spacing),
             each(self.keys),
+            each(self.box),
         )
 
     def to(self, device: torch.device | str) -> View:
@@ -241,6 +250,7 @@ class View:
             {axis: torch.cat([v.coords[axis] for v in views]) for axis in first.coords},
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
+            join([v.box for v in views]),
         )
 
 
