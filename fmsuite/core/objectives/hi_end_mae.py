@@ -1,5 +1,5 @@
-"""Hi-End-MAE (Tang et al. 2025, "Hi-End-MAE: Hierarchical encoder-driven masked autoencoders are stronger vision learners
-for medical image segmentation")."""
+"""Hi-End-MAE (Tang et al. 2025, "Hi-End-MAE: Hierarchical encoder-driven masked autoencoders are stronger vision
+learners for medical image segmentation")."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class HiEndMAEConfig(DecoderConfig):
         mask_ratio: share of tokens that the encoder does not see.
         norm_pix: predict each patch after a layer norm without gain.
         decoder_depth: blocks of self-attention at the decoder's start.
-        read_layers: the encoder blocks, counted from 0, whose outputs the blocks after those read, one block for each, in
-            this order. If not given, the blocks at 3/4, 1/2 and 1/4 of the encoder's depth: 9, 6 and 3 of 12, as
+        read_layers: the encoder blocks, counted from 0, whose outputs the blocks after those read, one block for each,
+            in this order. If not given, the blocks at 3/4, 1/2 and 1/4 of the encoder's depth: 9, 6 and 3 of 12, as
             published.
     """
 
@@ -67,8 +67,8 @@ class ReadingBlock(nn.Module):
 
 
 def normalised_patches(grid: PatchGrid, view: View) -> tuple[Tensor, Tensor]:
-    """(B, N, P) float32 ``(x - mean) / sqrt(var + 1e-6)`` of each patch's valid values with the biased variance, a layer
-    norm's, where MAE takes the unbiased one; and their weight, see ``patch_targets``."""
+    """(B, N, P) float32 ``(x - mean) / sqrt(var + 1e-6)`` of each patch's valid values with the biased variance, as in
+    a layer norm, where MAE takes the unbiased one; and their weight, see ``patch_targets``."""
     with torch.autocast(view.pixels.device.type, enabled=False):
         values, weight, mean, _ = patch_targets(grid, view)
         deviation = weight * (values - mean)
@@ -81,10 +81,10 @@ class HiEndMAE(MaskDecoder):
     """MAE whose decoder looks from all places at what the encoder made of the visible ones at several depths.
 
     The decoder's input is MAE's: ``E_0 f_L + p`` at visible tokens, ``m + p`` elsewhere, where f_L is the encoder's
-    output, m the mask token and p a fixed position code. It goes through ``decoder_depth`` blocks of self-attention; then
-    block j does ``x += self(norm(x)); x += cross(norm(x), E_j f_{l_j}); x += mlp(norm(x))``, where f_l is what encoder
-    block l gives before any norm, class token included, and visible tokens are the only keys (section 3.2). The deepest
-    is read first. Every E is a linear map of its own. For masked tokens M,
+    output, m the mask token and p a fixed position code. It goes through ``decoder_depth`` blocks of self-attention;
+    then block j does ``x += self(norm(x)); x += cross(norm(x), E_j f_{l_j}); x += mlp(norm(x))``, where f_l is what
+    encoder block l gives before any norm, class token included, and visible tokens are the only keys (section 3.2). The
+    deepest is read first. Every E is a linear map of its own. For masked tokens M,
     ``loss = mean_{i in M} mean_v (y_iv - layer_norm(x_i)_v)^2``.
 
     Raises:
