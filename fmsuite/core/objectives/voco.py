@@ -138,6 +138,34 @@ def next_sample(here: Tensor) -> tuple[Tensor, Tensor]:
     return following[own], here & (len(rows) > 1)
 
 
+def voco_terms(student: Tensor, taught: Tensor, usable: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The three terms of VoCo's loss over all ranks, see ``VoCo``: intra, inter and orthogonality.
+
+    Args:
+        student, taught: (B, K + R, C) embeddings, those of the base crops first.
+        usable: (B, K + R) bool, crops that count.
+        labels: (B, R, K).
+    """
+    count = labels.shape[-1]
+    bases, crops = student[:, :count], student[:, count:]
+    taught_bases, taught_crops = taught[:, :count], taught[:, count:]
+    base_usable, crop_usable = usable[:, :count], usable[:, count:]
+    counted = crop_usable[:, :, None] & base_usable[:, None, :]
+    intra = assignment_loss(labels, similarities(crops, taught_bases), counted)
+
+    here = counted.any(2).any(1)
+    following, has_next = next_sample(here)
+    all_usable = gather_rows(base_usable.to(torch.float32))[following] > 0
+    asked = similarities(taught_crops, gather_rows(taught_bases)[following])
+    found = similarities(crops, gather_rows(bases)[following])
+    inter = assignment_loss(asked, found, crop_usable[:, :, None] & all_usable[:, None, :])
+    return {
+        "intra": mean_over(intra, here),
+        "inter": mean_over(inter, has_next),
+        "orthogonality": mean_over(orthogonality(bases, base_usable), base_usable.any(1)),
+    }
+
+
 @register
 class VoCo(Objective):
     """Find out from features alone where in a sample a crop was cut.
@@ -215,38 +243,11 @@ class VoCo(Objective):
             student = on_crops(self.head, features, usable).transpose(0, 1)
             with torch.no_grad():
                 taught = on_crops(self.teacher_head, features, usable).transpose(0, 1)
-            terms = self.terms(student, taught, usable.T, labels)
+            terms = voco_terms(student, taught, usable.T, labels)
             config = self.config
             weights = (config.intra_weight, config.inter_weight, config.orthogonality_weight)
             total = sum((weight * term for weight, term in zip(weights, terms.values(), strict=True)), start=0.0)
         return {"loss": torch.as_tensor(total), **terms}
-
-    def terms(self, student: Tensor, taught: Tensor, usable: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The three terms of the class's docstring.
-
-        Args:
-            student, taught: (B, K + R, C) embeddings, those of the base crops first.
-            usable: (B, K + R) bool, crops that count.
-            labels: (B, R, K).
-        """
-        count = math.prod(self.cells)
-        bases, crops = student[:, :count], student[:, count:]
-        taught_bases, taught_crops = taught[:, :count], taught[:, count:]
-        base_usable, crop_usable = usable[:, :count], usable[:, count:]
-        counted = crop_usable[:, :, None] & base_usable[:, None, :]
-        intra = assignment_loss(labels, similarities(crops, taught_bases), counted)
-
-        here = counted.any(2).any(1)
-        following, has_next = next_sample(here)
-        all_usable = gather_rows(base_usable.to(torch.float32))[following] > 0
-        asked = similarities(taught_crops, gather_rows(taught_bases)[following])
-        found = similarities(crops, gather_rows(bases)[following])
-        inter = assignment_loss(asked, found, crop_usable[:, :, None] & all_usable[:, None, :])
-        return {
-            "intra": mean_over(intra, here),
-            "inter": mean_over(inter, has_next),
-            "orthogonality": mean_over(orthogonality(bases, base_usable), base_usable.any(1)),
-        }
 
     def after_update(self, context: StepContext) -> None:
         """Move the teacher's projector."""
