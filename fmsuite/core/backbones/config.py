@@ -33,11 +33,16 @@ VIT_SIZES: dict[str, VitSize] = {
 2023 (giant2, DINOv2's ViT-g)."""
 
 
+SWIN_UNETR = "swin_unetr"
+"""The name of Swin UNETR's encoder (``swin_unetr.py``)."""
+
+
 class ModelConfig(BaseModel):
     """A backbone.
 
     Attributes:
-        name: one of ``VIT_SIZES``, or ``timm:NAME`` for a timm model as it is (2D only; it cannot drop or mask tokens).
+        name: one of ``VIT_SIZES``; ``timm:NAME`` for a timm model as it is (2D only; it cannot drop or mask tokens); or
+            ``swin_unetr`` for Swin UNETR's encoder, of which ``width`` is the last stage's and ``heads`` the first's.
         input_size: length along the spatial axes; the domain's window if not given.
         patch_size: one number, or one for each input axis.
         width, depth, heads, mlp_ratio: override the named size.
@@ -105,7 +110,7 @@ class ModelConfig(BaseModel):
         ):
             if not wanted and getattr(self, key) != fields[key].default:
                 raise ValueError(f"{key} has no effect without {needed}")
-        if not self.name.startswith("timm:"):
+        if not self.name.startswith("timm:") and self.name != SWIN_UNETR:
             # An unknown name, or heads that do not divide the width, is refused before any data is looked at.
             _ = self.size
         return self
@@ -118,7 +123,7 @@ class ModelConfig(BaseModel):
             UsageError: for an unknown name, or a width that the heads do not divide.
         """
         if self.name not in VIT_SIZES:
-            raise UsageError(f"There is no model '{self.name}'.", nearest(self.name, VIT_SIZES))
+            raise UsageError(f"There is no model '{self.name}'.", nearest(self.name, [*VIT_SIZES, SWIN_UNETR]))
         base = VIT_SIZES[self.name]
         width, heads = self.width or base.width, self.heads or base.heads
         if width % heads:
