@@ -47,8 +47,9 @@ class ModelConfig(BaseModel):
         patch_size: one number, or one for each input axis.
         width, depth, heads, mlp_ratio: override the named size.
         cls_token, registers: special tokens.
-        positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, ``relative`` (a learned bias of
-            every attention by the distance of two tokens, shared by all blocks: BEiT), or ``none``.
+        positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, ``learned+rotary`` for both
+            (Primus), ``relative`` (a learned bias of every attention by the distance of two tokens, shared by all
+            blocks: BEiT), or ``none``.
         positions_cls: the learned table has an entry for the class token, as in the original ViT, MAE and DINO(v2).
         position_units: ``index`` counts patches; ``physical`` uses the spacing, so that one millimetre is one
             millimetre at every spacing.
@@ -80,7 +81,7 @@ class ModelConfig(BaseModel):
     mlp_ratio: float | None = Field(default=None, gt=0)
     cls_token: bool = True
     registers: int = Field(default=0, ge=0)
-    positions: Literal["learned", "sincos", "rotary", "relative", "none"] = "learned"
+    positions: Literal["learned", "sincos", "rotary", "learned+rotary", "relative", "none"] = "learned"
     positions_cls: bool = True
     position_units: Literal["index", "physical"] = "index"
     position_scale: float = Field(default=1.0, gt=0)
@@ -103,10 +104,10 @@ class ModelConfig(BaseModel):
         """An option that nothing would read is a misunderstanding."""
         fields = type(self).model_fields
         for key, wanted, needed in (
-            ("rope_theta", self.positions == "rotary", "positions: rotary"),
+            ("rope_theta", self.rotary, "positions: rotary"),
             ("position_widths", self.positions == "sincos", "positions: sincos"),
             ("position_scale", self.position_units == "physical", "position_units: physical"),
-            ("position_units", self.positions in ("sincos", "rotary"), "positions: sincos or rotary"),
+            ("position_units", self.positions == "sincos" or self.rotary, "positions: sincos or rotary"),
         ):
             if not wanted and getattr(self, key) != fields[key].default:
                 raise ValueError(f"{key} has no effect without {needed}")
@@ -114,6 +115,16 @@ class ModelConfig(BaseModel):
             # An unknown name, or heads that do not divide the width, is refused before any data is looked at.
             _ = self.size
         return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a learned table of positions."""
+        return self.positions in ("learned", "learned+rotary")
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns its queries and keys."""
+        return self.positions in ("rotary", "learned+rotary")
 
     @property
     def size(self) -> VitSize:

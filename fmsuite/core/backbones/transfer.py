@@ -89,7 +89,7 @@ def _positions(state: dict[str, Tensor], source: VisionTransformer, target: Visi
         raise UsageError(f"{origin}: its position table is not the sine-cosine one.", "Set model.positions to learned.")
     if kinds[0] != kinds[1]:
         raise UsageError(f"{origin}: its positions are {kinds[0]}, the model's are {kinds[1]}.", "Make them equal.")
-    if kinds[0] not in ("learned", "relative"):
+    if not source.config.learned and kinds[0] != "relative":
         return
     assert source.grid is not None
     assert target.grid is not None
