@@ -38,6 +38,7 @@ from fmsuite.commands.pretrain import pretrain
 from fmsuite.commands.setup import domain_options, open_domain, open_index
 from fmsuite.core.controls import untrained
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.pipeline import IMAGE, plain_views
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
@@ -107,7 +108,7 @@ def judge(encoder: Encoder, index: Path, settings: Record) -> Record:
     domain, whole = open_index(open_domain(DOMAIN, domain_options(DOMAIN, [])), [index], SkippedLog())
     windows = LabelledWindows.of(whole, 0, "tile", str(index))
     size = settings["model"]["input_size"]
-    reader, rows = domain.reader(windows.index), windows.rows.tolist()
+    reader, rows = open_reader(domain, windows.index), windows.rows.tolist()
     batches = list(plain_views(windows.index, reader, encoder.spec, rows, size, 100))
     for window in (skipped for batch in batches for skipped in batch.skipped):
         raise FmsuiteError(

@@ -2,4 +2,6 @@
 
 from fmsuite.cli import main
 
-main()
+# Processes that are spawned import this file under another name.
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -24,7 +25,7 @@ from fmsuite.errors import FmsuiteError, UsageError
 if TYPE_CHECKING:
     from fmsuite.core.evaluation.results import Results
 
-DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 128 + signal.SIGINT
 
 app = typer.Typer(
     help="Pretrain, adapt and judge vision foundation models for slides, volumes, rasters and vector graphics.",
@@ -32,7 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 1 failed; 2 wrong use; 3 done, with sources skipped; 130 interrupted.",
+    epilog="Exit codes: 0 done; 1 failed; 2 wrong use; 3 done, with sources skipped; 130 interrupted; 143 "
+    "terminated, after saving.",
 )
 out_console = Console(width=None if sys.stdout.isatty() else 160)
 console = progress_console()
@@ -65,7 +67,9 @@ def _common(
         handlers=[RichHandler(console=console, show_path=False, show_time=False)] if pretty else None,
         force=True,
     )
-    logging.getLogger("fmsuite").setLevel(logging.DEBUG if debug else logging.INFO)
+    # Of several processes the first one tells what goes on, and every one what went wrong.
+    usual = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.getLogger("fmsuite").setLevel(logging.DEBUG if debug else usual)
 
 
 def _version(on: bool) -> None:
@@ -87,6 +91,19 @@ def pretrain(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/DOMAIN-TIME if absent.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Continue the run in --out if it was begun, begin it otherwise; --data, --recipe, --objective and "
+            "--pairs then serve the beginning only.",
+        ),
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Train on this many GPUs of this machine.")] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="With --gpus: how often to start again, from the last checkpoint, when one dies."),
+    ] = 0,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -100,7 +117,13 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder."""
     from fmsuite.commands.pretrain import pretrain as run
+    from fmsuite.core.training.interrupt import warning_ends
 
+    if _launches(gpus, restarts):
+        raise typer.Exit(_launch(gpus or 1, restarts, domain, out, resume or auto_resume))
+    if resume and auto_resume:
+        raise UsageError("--resume and --auto-resume exclude each other.", "Give one of them.")
+    warning_ends()
     outcome = run(
         domain,
         data or [],
@@ -108,20 +131,46 @@ def pretrain(
         objective=objective,
         out=out,
         resume=resume,
+        auto_resume=auto_resume,
         overrides=_with_mpp(overrides, mpp, "data."),
         pairs=pairs,
         strict=strict,
         progress=console_progress,
         command=sys.argv,
     )
+    stopped = outcome.stopped_by is not None
     if outcome.main_rank:
-        _say(f"{'Interrupted' if outcome.interrupted else 'Done'} at step {outcome.step} of {outcome.total_steps}.")
+        _say(f"{'Interrupted' if stopped else 'Done'} at step {outcome.step} of {outcome.total_steps}.")
         _say(f"Run folder: {outcome.folder}")
-        if outcome.interrupted:
+        if stopped:
             _say(f"Continue with: fmsuite pretrain --domain {domain} --out {outcome.folder} --resume")
-    if outcome.interrupted:
-        raise typer.Exit(INTERRUPTED)
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)
     _finish(outcome.skipped if outcome.main_rank else "")
+
+
+def _launches(gpus: int | None, restarts: int) -> bool:
+    """Whether this process is to start others rather than to train."""
+    from fmsuite.commands.launch import is_inside
+    from fmsuite.core.distributed import launched
+
+    if gpus is None:
+        if restarts:
+            raise UsageError("--restarts belongs to --gpus.", "Under torchrun use its own --max-restarts.")
+        return False
+    if launched() and not is_inside():
+        raise UsageError("--gpus starts processes of its own.", "Leave it out under torchrun.")
+    return not is_inside()
+
+
+def _launch(gpus: int, restarts: int, domain: str, out: Path | None, goes_on: bool) -> int:
+    from fmsuite.commands.launch import check_gpus, launch
+    from fmsuite.commands.pretrain import run_path
+
+    check_gpus(gpus)
+    folder = run_path(domain, out, goes_on)
+    arguments = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
+    return launch(arguments, gpus, restarts, folder / "logs")
 
 
 @app.command()
@@ -131,11 +180,22 @@ def tile(
     out: Annotated[Path, typer.Option(help="The index: a .parquet file, or a folder for index.parquet.")],
     recipe: Annotated[str | None, typer.Option(help="Find the windows that this recipe trains on.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Draw where the windows are.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="That look at sources; 0: none but this. If absent, one a core where that is worth their start.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Look at sources on this Ray cluster: auto, local or HOST:PORT."),
+    ] = None,
     mpp: Mpp = None,
     overrides: Overrides = None,
     strict: Strict = False,
 ) -> None:
-    """Find the windows worth looking at, and write their index."""
+    """Find the windows worth looking at, and write their index. Run again after an interruption, it does what is
+    missing."""
     from fmsuite.commands.tile import tile as run
 
     result = run(
@@ -146,11 +206,50 @@ def tile(
         overrides=_with_mpp(overrides, mpp, ""),
         preview=preview,
         strict=strict,
+        processes=processes,
+        ray=ray,
         progress=console_progress,
     )
     _say(f"{len(result.index)} windows from {len(result.index.sources)} sources: {result.path}")
     if result.previews:
         _say(f"{len(result.previews)} previews: {result.previews[0].parent}")
+    _finish(result.skipped.summary())
+
+
+@app.command()
+def pack(
+    out: Annotated[Path, typer.Option(help="Folder of the packed copy; its index.parquet then stands for --index.")],
+    index: Annotated[Path | None, typer.Option(help="The index of `fmsuite tile`.")] = None,
+    processes: Annotated[int, typer.Option(min=0, help="That read and write, a shard each; 0: this one alone.")] = 0,
+    shard_windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows in a shard; as many as half a gigabyte holds, if absent.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Only check the files of a packed copy.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Copy an index's windows into a few large files. Run again after an interruption, it does what is missing."""
+    from fmsuite.commands import pack as command
+
+    if verify:
+        if index is not None or shard_windows is not None or processes or strict:
+            raise UsageError("--verify only checks what is in --out.", "Leave out the other options.")
+        damaged = command.check(out, console_progress)
+        for name, wrong in damaged:
+            _say(f"{out / name}: {wrong}")
+        if damaged:
+            raise FmsuiteError(
+                f"{len(damaged)} files of the packed copy are damaged.",
+                "Delete them and run the same `fmsuite pack` again: only their shards are made anew.",
+            )
+        _say(f"All files of {out} are as they were written.")
+        return
+    if index is None:
+        raise UsageError("--index is needed: what to pack.")
+    result = command.pack(
+        index, out, shard_windows=shard_windows, processes=processes, strict=strict, progress=console_progress
+    )
+    written, total = result.shards
+    _say(f"{len(result.index)} windows in {total} shards, {written} of them written now: {result.path}")
     _finish(result.skipped.summary())
 
 
@@ -199,8 +298,19 @@ def embed(
         str | None, typer.Option(help="Use only these of the encoder's channels, separated by commas.")
     ] = None,
     batch_size: BatchSize = None,
-    workers: Annotated[int, typer.Option(min=-1, help="Processes that read ahead; -1 chooses.")] = -1,
+    workers: Annotated[
+        int, typer.Option(min=-1, help="Processes that read ahead for each that embeds; -1 chooses.")
+    ] = -1,
     device: Device = "auto",
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes that embed, on GPUs one for each; 0 embeds in this one.")
+    ] = 0,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of this machine to embed on, a process for each.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Embed on a Ray cluster: HOST:PORT, auto, or local to start one here."),
+    ] = None,
+    ray_cpus: Annotated[float | None, typer.Option(help="Cores of each worker of the cluster; 1 if absent.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store of another encoder or index.")
     ] = False,
@@ -219,6 +329,10 @@ def embed(
         batch_size=batch_size,
         workers=workers,
         device=device,
+        processes=processes,
+        gpus=gpus,
+        ray=ray,
+        ray_cpus=ray_cpus,
         overwrite=overwrite,
         strict=strict,
         progress=console_progress,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import TwoRanks
+from tests.cluster import ray_cluster
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,8 +31,25 @@ def oracles() -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
-    """Runs a function on two processes that share a gloo group; see ``TwoRanks``."""
-    ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs a function on two processes that share a gloo group; see ``Ranks``."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"), 2)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """As ``two_ranks``, on four."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"), 4)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of two cores, which starts when the first test asks for it."""
+    pytest.importorskip("ray")
+    # Sockets lie in it, whose paths may have 107 bytes; pytest's own folders are too deep.
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, ray_cluster(Path(folder)) as address:
+        yield address

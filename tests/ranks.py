@@ -1,4 +1,4 @@
-"""Two processes that share a gloo group: started once a test run, when a test first asks for them."""
+"""Processes that share a gloo group: started once a test run, when a test first asks for them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ PATIENCE = 120.0
 """Seconds for one call; the first starts the processes."""
 
 
-class TwoRanks:
-    """``ranks(function, *arguments)`` calls ``function(rank, *arguments)`` on both and returns what each gave.
+class Ranks:
+    """``ranks(function, *arguments)`` calls ``function(rank, *arguments)`` on each and returns what each gave.
 
     The function is one that its module can be asked for by name; arguments and results are pickled. Each call begins
     with the same seed. An error on a rank is raised here, with its traceback, and the next call starts new processes.
 
     Args:
-        folder: where the two find each other.
+        folder: where they find each other.
+        count: how many.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int) -> None:
         self._folder = folder
+        self._count = count
         self._started = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -48,14 +50,14 @@ class TwoRanks:
             raise
 
     def _start(self) -> None:
-        # A server that has imported torch forks both; it cannot know which checkout of the package is meant.
+        # A server that has imported torch forks them; it cannot know which checkout of the package is meant.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch"])
         self._started += 1
         store = self._folder / f"store{self._started}"
-        for rank in range(2):
+        for rank in range(self._count):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._count, str(store), theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -64,21 +66,21 @@ class TwoRanks:
     def _answers(self) -> list[Any]:
         found: dict[int, Any] = {}
         deadline = time.monotonic() + PATIENCE
-        while len(found) < 2:
+        while len(found) < self._count:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in found]
             ready = wait(waiting, deadline - time.monotonic())
             if not ready:
-                raise TimeoutError(f"two ranks did not answer within {PATIENCE:.0f} s")
+                raise TimeoutError(f"{self._count} ranks did not answer within {PATIENCE:.0f} s")
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 done, answer = pickle.loads(pipe.recv_bytes())
                 if not done:
                     raise RuntimeError(f"rank {rank}:\n{answer}")
                 found[rank] = answer
-        return [found[0], found[1]]
+        return [found[rank] for rank in range(self._count)]
 
     def stop(self) -> None:
-        """End both processes."""
+        """End the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -87,10 +89,10 @@ class TwoRanks:
         self._pipes, self._processes = [], []
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
     while True:
         try:
             call = pipe.recv_bytes()

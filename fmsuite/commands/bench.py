@@ -17,6 +17,7 @@ from fmsuite.commands.comparison import Compared, Start, leave, open_out, short_
 from fmsuite.commands.contenders import Contender, contenders, embed_all, has_features
 from fmsuite.commands.labelled_windows import LabelledWindows, asked_options, named, with_labels_file
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, parts_of
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.evaluation.bags import Bags
@@ -115,15 +116,15 @@ def bench(
     models = {name: open_encoder(what) for name, what in zip(short_names(encoders), encoders, strict=True)}
     parts = parts_of(out / "index.parquet")
     skipped = open_out(out, "bench", strict, keep_skipped=has_features(out) or parts.is_dir())
-    plugin.parts = parts
     paths = data or [_example_data(plugin)]
-    plugin, whole = open_index(plugin, paths, skipped, progress, asked_options(overrides))
+    asked = asked_options(overrides)
+    plugin, whole = open_index(plugin, paths, skipped, progress, asked, parts=parts, processes=None)
     windows = LabelledWindows.of(whole, seed, plugin.units.window, named(paths))
     allowed, notes = _shots(windows, shots) if FEWSHOT in tasks else ([], [])
     found = contenders(models, plugin.input_spec(windows.index), controls)
     log.info("%s", windows.said)
 
-    reader = plugin.reader(windows.index)
+    reader = open_reader(plugin, windows.index)
     stores = embed_all(
         found,
         windows.index,
@@ -287,7 +288,7 @@ def _exhibits(
         (_answers(e) for e in evaluations if (e.encoder, e.shots, e.shuffled) == (first.name, None, False)), None
     )
     queries = choose_queries(windows.labels, held_out, predicted, seed=seed)
-    reader, spec = plugin.reader(windows.index), plugin.input_spec(windows.index)
+    reader, spec = open_reader(plugin, windows.index), plugin.input_spec(windows.index)
     pictures = partial(window_pictures, windows.index, reader, plugin.to_rgb, spec, skipped=skipped)
     names = [item.id for item in windows.items()]
     for contender, store in zip(found, stores, strict=True):

@@ -14,14 +14,16 @@ from fmsuite.commands.setup import domain_options, open_domain, open_encoder, op
 from fmsuite.core.controls import Histogram
 from fmsuite.core.data.grouping import By, default_by
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
-from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, left_out_of, store_facts
+from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, Pool, left_out_of, store_facts
 from fmsuite.core.embedding import embed as embed_windows
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.inputs import InputSpec
+from fmsuite.core.pool import Resources
 from fmsuite.core.store_root import read_facts
-from fmsuite.core.training.precision import choose_device, choose_precision
+from fmsuite.core.training.precision import Precision, choose_device, choose_precision
 from fmsuite.domains.base import Domain, Progress, no_progress
 from fmsuite.errors import UsageError
 
@@ -58,6 +60,10 @@ def embed(
     batch_size: int | None = None,
     workers: int = -1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    processes: int = 0,
+    gpus: int | None = None,
+    ray: str | None = None,
+    ray_cpus: float | None = None,
     overwrite: bool = False,
     strict: bool = False,
     progress: Progress = no_progress,
@@ -75,20 +81,25 @@ def embed(
         pooling: in place of the encoder's own.
         channels: use only these of the encoder's channels, in the data's order.
         batch_size: windows in a batch; that of the store which is there, or else 64, if not given.
-        workers: processes that read ahead; -1 chooses.
+        workers: processes that read ahead for each process that embeds; -1 chooses.
         device: on a GPU that computes bfloat16 natively, the encoder runs in it; on others and on a CPU in float32.
+        processes: how many embed, of this machine or of ``ray``; 0 embeds in this one, or fills the cluster. On GPUs
+            each has one of its own.
+        gpus: as many processes, each on a GPU of this machine.
+        ray: address of a Ray cluster; see ``pool.run_units``.
+        ray_cpus: cores of each of its workers; 1 if not given.
         overwrite: replace a store that is there.
         strict: a window that cannot be read is an error.
 
     Raises:
-        UsageError: if encoder and data do not fit, or the store was made of others (see
-            ``FeatureStore.create_or_resume``).
+        UsageError: if encoder and data do not fit, the store was made of others (see
+            ``FeatureStore.create_or_resume``), options contradict each other, or a cluster does not answer.
         FmsuiteError: as ``core.embedding.embed``.
     """
     path = out if out.suffix == ".zarr" else out / STORE_NAME
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"A batch of {batch_size} windows.", "Use 1 or more.")
-    place = _device(device)
+    place, pool = _place_and_pool(device, processes, gpus, ray, ray_cpus)
     domain, windows = _open_index(index)
     model = _embedder(encoder, domain.input_spec(windows), channels, pooling)
     facts = store_facts(
@@ -97,10 +108,10 @@ def embed(
         name=encoder,
         by=by or default_by(windows),
         batch_size=batch_size or _batch_size_of(path, overwrite) or DEFAULT_BATCH_SIZE,
-        precision=choose_precision("auto", place),
+        precision=_precision(place, ray),
         command=command,
     )
-    reader = domain.reader(windows)
+    reader = open_reader(domain, windows)
     with FeatureStore.create_or_resume(path, facts, windows, overwrite) as store:
         log_path = path.with_name(f"{path.stem}.{FILE_NAME}")
         if not store.stored() and not store.unreadable():
@@ -119,6 +130,7 @@ def embed(
             skipped=skipped,
             progress=progress,
             batch_size=facts.batch_size,
+            pool=pool,
         )
         return Embedded(path, len(store.stored()), store.windows(), skipped.summary())
 
@@ -143,6 +155,47 @@ def data_as_seen(data: InputSpec, encoder: Encoder) -> InputSpec:
     return data.resized(tuple(size))
 
 
+def _place_and_pool(
+    device: Literal["auto", "cpu", "cuda"], processes: int, gpus: int | None, ray: str | None, ray_cpus: float | None
+) -> tuple[torch.device, Pool]:
+    """Where to compute (``cuda`` without a number where each process has a GPU of its own), and who does.
+
+    Raises:
+        UsageError: for options that contradict each other, or GPUs that are not there.
+    """
+    if processes < 0 or (gpus is not None and gpus < 1):
+        raise UsageError(f"--processes {processes}, --gpus {gpus}.", "Use 1 or more, or leave them out.")
+    if gpus is not None:
+        if processes or ray is not None or device == "cpu":
+            raise UsageError(
+                "--gpus says how many processes embed on GPUs of this machine; it goes with neither --processes, --ray "
+                "nor --device cpu.",
+                "Use one of them.",
+            )
+        device, processes = "cuda", gpus
+    if ray is not None:
+        cores = 1.0 if ray_cpus is None else ray_cpus
+        if cores <= 0:
+            raise UsageError(f"--ray-cpus {cores:g}.", "A worker needs some of a core.")
+        # The GPUs are the cluster's; this machine need not have one.
+        place = torch.device("cuda" if device == "cuda" else _device(device).type)
+        return place, Pool(processes, ray, Resources(cores, 1.0 if place.type == "cuda" else 0.0))
+    if ray_cpus is not None:
+        raise UsageError("--ray-cpus is for workers of a Ray cluster.", "Give its address with --ray, or leave it out.")
+    place = _device(device)
+    if not processes:
+        return place, Pool()
+    if place.type == "cuda":
+        there = torch.cuda.device_count()
+        if processes > there:
+            raise UsageError(
+                f"{processes} processes, each with a GPU of its own: PyTorch sees {there}.",
+                f"Use --gpus {there}, or --device cpu.",
+            )
+        place = torch.device("cuda")
+    return place, Pool(processes)
+
+
 def _device(setting: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if setting == "cuda" and not torch.cuda.is_available():
         raise UsageError(
@@ -150,6 +203,14 @@ def _device(setting: Literal["auto", "cpu", "cuda"]) -> torch.device:
             "Use --device cpu, or install a PyTorch build for this machine's GPU driver.",
         )
     return choose_device(setting)
+
+
+def _precision(place: torch.device, ray: str | None) -> Precision:
+    """Number format on that device. Of a cluster's GPUs the native one of all since 2020 is expected where this machine
+    has none to ask; its workers refuse to embed if theirs is another."""
+    if ray is not None and place.type == "cuda" and not torch.cuda.is_available():
+        return "bf16"
+    return choose_precision("auto", place)
 
 
 def _open_index(path: Path) -> tuple[Domain, SampleIndex]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmsuite.commands.setup import domain_options, open_domain, open_index
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.episodes import Draw
 from fmsuite.core.evaluation.prototypes import fit_prototypes, nearest_in_bags, prototype_distances, prototype_scores
@@ -216,7 +217,7 @@ class _Windows:
             domain, index = open_index(
                 open_domain(name, domain_options(name, [])), [store.path / INDEX], SkippedLog(None)
             )
-            reader, spec = domain.reader(index), domain.input_spec(index)
+            reader, spec = open_reader(domain, index), domain.input_spec(index)
         except FmsuiteError as error:
             notes.append(f"No window could be read again, so none is shown: {error}")
             return None

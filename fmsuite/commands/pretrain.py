@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.config import RunConfig
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.loader import SampleStream, default_workers, make_loader
+from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.pairs import Pairs, PairTable, read_pairs
 from fmsuite.core.data.pipeline import IMAGE, ViewPipeline, WindowDataset, collate, plain_views
 from fmsuite.core.data.reader import Reader
@@ -56,7 +58,7 @@ class Pretrained:
     Attributes:
         folder: the run folder.
         step, total_steps: optimiser steps done and asked for.
-        interrupted: it was stopped, and can be continued with ``--resume``.
+        stopped_by: SIGINT or SIGTERM, if it was stopped; it can be continued with ``--resume``.
         skipped: one sentence on what could not be used; empty if everything was.
         main_rank: this process is the one that reports.
     """
@@ -64,7 +66,7 @@ class Pretrained:
     folder: Path
     step: int
     total_steps: int
-    interrupted: bool
+    stopped_by: signal.Signals | None
     skipped: str
     main_rank: bool
 
@@ -77,6 +79,7 @@ def pretrain(
     objective: str | None = None,
     out: Path | None = None,
     resume: bool = False,
+    auto_resume: bool = False,
     overrides: Sequence[str] = (),
     pairs: Path | None = None,
     strict: bool = False,
@@ -86,6 +89,9 @@ def pretrain(
     """Train an encoder and leave a run folder that holds everything needed to repeat it.
 
     Args:
+        resume: continue the run in ``out``.
+        auto_resume: continue it if it was begun, begin it otherwise; ``data``, ``recipe``, ``objective`` and ``pairs``
+            then serve the beginning only. A process that torchrun has restarted does so unasked.
         pairs: a table that names windows and says what is paired with them, for objectives that need it.
 
     Raises:
@@ -93,12 +99,28 @@ def pretrain(
         FmsuiteError: if training cannot go on; the last checkpoint stays usable.
     """
     load_domain(domain)
-    run = RunFolder(_run_path(domain, out, resume))
+    run = RunFolder(run_path(domain, out, resume or auto_resume))
+    if not resume and _goes_on(run, auto_resume):
+        resume, data, recipe, objective, pairs = True, (), None, None, None
     config = _run_config(run, domain, recipe, objective, overrides, resume)
     _check_pairs(config.objective, pairs, run, resume)
     device = choose_device(config.training.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, alone=config.training.strategy == "fsdp2"):
         return _pretrain(config, data, run, resume, _asked(overrides), pairs, strict, progress, command)
+
+
+def _goes_on(run: RunFolder, auto_resume: bool) -> bool:
+    """Whether a run that need not be there is, and is to be continued. Every rank finds the same: none writes to the
+    folder before all have met."""
+    if not run.config_path.exists():
+        return False
+    restarts = distributed.restart_count()
+    # The first start may have refused a folder with another run, which is then not to be continued either.
+    if not auto_resume and not (restarts and run.last_launch == distributed.launch_id()):
+        return False
+    if restarts:
+        log.info("Restart %d: going on from the last checkpoint.", restarts)
+    return True
 
 
 def _check_pairs(objective: str, pairs: Path | None, run: RunFolder, resume: bool) -> None:
@@ -119,11 +141,16 @@ def _check_pairs(objective: str, pairs: Path | None, run: RunFolder, resume: boo
         raise UsageError("--resume goes on with the run's own pairs.parquet.", "Leave out --pairs.")
 
 
-def _run_path(domain: str, out: Path | None, resume: bool) -> Path:
+def run_path(domain: str, out: Path | None, resume: bool) -> Path:
+    """``out``, or a new folder for a new run.
+
+    Raises:
+        UsageError: where one has to be named.
+    """
     if out is not None:
         return out
     if resume:
-        raise UsageError("--resume needs --out: which run to continue.")
+        raise UsageError("--resume and --auto-resume need --out: which run to continue.")
     if distributed.launched():
         raise UsageError("Under torchrun --out is needed, so that all processes write to one folder.")
     return Path("runs") / f"{domain}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -222,7 +249,7 @@ def _pretrain(
             training.batch_size,
             len(index),
         )
-    reader = domain.reader(index)
+    reader = open_reader(domain, index)
     pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
     partner = None if pairs is None else _partner(pairs.select(rows), objective)
     dataset = WindowDataset(index, reader, pipeline, config.seed, partner)
@@ -251,7 +278,7 @@ def _pretrain(
         resume=resume,
         report=progress,
     )
-    if main and not result.interrupted:
+    if not result.interrupted:
         provenance = {
             "run": str(run.path.resolve()),
             "recipe": config.recipe,
@@ -262,9 +289,12 @@ def _pretrain(
             "index": whole.hash,
             **({} if pairs is None else {"pairs": pairs.hash}),
         }
-        save_encoder(run.path, objective.encoder, objective.encoder.spec, objective.pooling, provenance)
-        objective.export(run.path)
-    return Pretrained(run.path, result.step, total_steps, result.interrupted, skipped.summary(), main)
+        with result.strategy.whole() as whole_objective:
+            if whole_objective is not None:
+                encoder = whole_objective.encoder
+                save_encoder(run.path, encoder, encoder.spec, whole_objective.pooling, provenance)
+                whole_objective.export(run.path)
+    return Pretrained(run.path, result.step, total_steps, result.stopped_by, skipped.summary(), main)
 
 
 def _windows(
@@ -282,11 +312,11 @@ def _windows(
     def find() -> None:
         if not (resume and run.index_path.exists()):
             paths = [Path(path) for path in data] or [_example_data(domain, config.seed)]
-            domain.parts = parts_of(run.index_path)
-            opened, index = open_index(domain, paths, skipped, progress, asked)
+            parts = parts_of(run.index_path)
+            opened, index = open_index(domain, paths, skipped, progress, asked, parts=parts, processes=None)
             _say_options_of_index(config.data, opened.options)
             index.write(run.index_path)
-            discard_parts(parts_of(run.index_path))
+            discard_parts(parts)
             log.info("%d windows from %d sources.", len(index), len(index.sources))
         elif data:
             raise UsageError("--resume goes on with the run's own index.parquet.", "Leave out --data.")

@@ -11,10 +11,12 @@ import yaml
 from pydantic import BaseModel
 
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
+from fmsuite.commands.indexing import build_index
 from fmsuite.configs import Recipe, load_recipe
 from fmsuite.core.config import RunConfig, apply_overrides, parse_run, validate
 from fmsuite.core.controls import untrained
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import located
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.objectives.base import find_objective
@@ -141,11 +143,16 @@ def open_index(
     skipped: SkippedLog,
     progress: Progress = no_progress,
     asked: Collection[str] = (),
+    *,
+    parts: Path | None = None,
+    processes: int | None = 0,
+    ray: str | None = None,
 ) -> tuple[Domain, SampleIndex]:
     """An index from a Parquet file, or made from sources.
 
     Args:
         asked: names of the options that the user gave; an index made with other values is refused.
+        parts, processes, ray: of making it; see ``indexing.build_index``.
 
     Returns:
         The domain with its own options, except for those that the index records: its windows were made with them.
@@ -155,7 +162,7 @@ def open_index(
     """
     own = domain.options.model_dump(mode="json")
     if len(paths) == 1 and paths[0].suffix == ".parquet":
-        index = SampleIndex.read(paths[0])
+        index = located(SampleIndex.read(paths[0]), paths[0])
         made_for = index.metadata.get("domain")
         if made_for != domain.name:
             raise UsageError(f"{paths[0]}: an index of the domain '{made_for}', not '{domain.name}'.")
@@ -169,8 +176,7 @@ def open_index(
         options = validate(type(domain).Options, {**own, **made_with}, "data", str(paths[0]))
         domain = type(domain)(options)  # type: ignore[arg-type]
     else:
-        built = domain.build_index(paths, skipped, progress)
-        index = SampleIndex(built.table, {"domain": domain.name, "options": own, **built.metadata})
+        index = build_index(domain, paths, skipped, progress, parts=parts, processes=processes, ray=ray)
     if len(index) == 0:
         detail = skipped.summary()
         first = f" First: {skipped.entries[0].path}: {skipped.entries[0].reason}" if skipped.entries else ""

@@ -38,16 +38,19 @@ def tile(
     overrides: Sequence[str] = (),
     preview: bool = False,
     strict: bool = False,
+    processes: int | None = 0,
+    ray: str | None = None,
     progress: Progress = no_progress,
 ) -> Tiled:
     """Write an index of the windows in files and folders, with ``skipped.csv`` and previews beside it.
 
-    After an interruption the same call goes on with the sources that are not finished, in domains that keep parts.
+    After an interruption the same call goes on with the sources that are not finished.
     An index that is not called ``index.parquet`` gives its name to both, so that several can share a folder.
 
     Args:
         recipe: take the windows that this recipe trains on; the domain's own defaults if not given.
         overrides: ``key=value`` items for single options of the domain.
+        processes, ray: who looks at sources; see ``indexing.build_index``.
 
     Raises:
         UsageError: for bad paths, options, or when no window was found.
@@ -61,8 +64,8 @@ def tile(
         log_path.unlink(missing_ok=True)
     skipped = SkippedLog(log_path, strict)
     plugin = open_domain(domain, domain_options(domain, overrides, recipe))
-    plugin.parts = parts
-    plugin, index = open_index(plugin, [Path(p) for p in paths], skipped, progress)
+    files = [Path(path) for path in paths]
+    plugin, index = open_index(plugin, files, skipped, progress, parts=parts, processes=processes, ray=ray)
     index.write(out)
     discard_parts(parts)
     pictures = out.with_name("preview" if out.stem == "index" else f"{out.stem}.preview")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmsuite.errors import FmsuiteError
+
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(days=7)
@@ -19,6 +21,20 @@ PATIENCE = timedelta(days=7)
 own limit of ten minutes would end the run. A rank that dies closes its connection, which ends the wait at once."""
 
 _patient: dist.ProcessGroup | None = None
+
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was likely closed",
+    "broken pipe",
+    "socket closed",
+    "socket error",
+    "failed to recv",
+    "failed to send",
+    "remote process exited",
+    "connectfullmesh failed",
+)
+"""How gloo, NCCL and the store say that the process at the other end is gone."""
 
 
 def active() -> bool:
@@ -38,31 +54,84 @@ def is_main() -> bool:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, alone: bool = False) -> Iterator[None]:
     """Joins the group that torchrun describes in the environment; does nothing outside torchrun.
 
     Tensors travel over gloo on CPUs and NCCL on GPUs; objects and barriers over a gloo group that waits long.
+
+    Args:
+        alone: outside torchrun make a group of this one process, for what needs a group to work at all.
+
+    Raises:
+        FmsuiteError: if another process of the group ended while this one needed it.
     """
     global _patient
-    if active() or not launched():
+    if active() or not (alone or launched()):
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    _patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    store = None if launched() else dist.HashStore()
+    only: dict[str, Any] = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
+    with peers_named():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device, **only)
+        else:
+            dist.init_process_group("gloo", **only)
+        _patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        try:
+            yield
+        finally:
+            _patient = None
+            dist.destroy_process_group()
+
+
+@contextmanager
+def peers_named() -> Iterator[None]:
+    """Puts what a collective operation says of a peer that is gone into one sentence.
+
+    Raises:
+        FmsuiteError: in place of such an error.
+    """
     try:
         yield
-    finally:
-        _patient = None
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise FmsuiteError(
+            "Another process of this run has ended, so this one cannot go on.",
+            "What that process printed last says why; --resume continues from the last checkpoint.",
+        ) from error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a failure is that of a connection to another process (PyTorch has a type of its own for some only)."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LOST)
+
+
+def extra_group() -> dist.ProcessGroup | None:
+    """Another gloo group of all ranks, for a thread of its own: operations of one group must not cross. ``None`` in a
+    single process. Every rank has to ask at the same point."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)) if active() else None
 
 
 def launched() -> bool:
     """Whether torchrun (or a compatible launcher) started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def restart_count() -> int:
+    """How often torchrun has started this run's processes anew; 0 the first time, and outside torchrun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch_id() -> str | None:
+    """What all starts and restarts under one launcher have in common, and those under another have not; ``None``
+    outside torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":  # torchrun without a rendezvous: its agent's address has to do.
+        return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return name
 
 
 def local_rank() -> int:
@@ -128,6 +197,24 @@ def gather_objects(value: Value) -> list[Value]:
     gathered: list[Value] = [value] * world_size()
     dist.all_gather_object(gathered, value, group=_patient)
     return gathered
+
+
+def on_main(work: Callable[[], Value]) -> Value:
+    """What ``work`` returns on rank 0, on every rank; the others wait for it.
+
+    Raises:
+        FmsuiteError: on every rank, if rank 0 met one.
+    """
+    outcome: tuple[Value | None, FmsuiteError | None] = (None, None)
+    if is_main():
+        try:
+            outcome = work(), None
+        except FmsuiteError as error:
+            outcome = None, error
+    value, failure = from_main(outcome)
+    if failure is not None:
+        raise failure
+    return cast(Value, value)
 
 
 def from_main(value: Value) -> Value:

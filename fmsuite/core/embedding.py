@@ -1,39 +1,38 @@
-"""Features of every window of an index: read ahead in other processes, embedded in fixed batches, stored by group."""
+"""Features of every window of an index: embedded in fixed batches by any number of workers, stored by group."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fmsuite import __version__
 from fmsuite.core.data.grouping import By
 from fmsuite.core.data.index import SampleIndex
-from fmsuite.core.data.loader import WORKERS_ADVICE, default_workers, explained_deaths, load_windows
-from fmsuite.core.data.pipeline import IMAGE, WholeWindows
+from fmsuite.core.data.loader import default_workers
 from fmsuite.core.data.reader import Reader
-from fmsuite.core.data.sample import Batch, SkippedWindow, View
 from fmsuite.core.data.skipped import Skipped, SkippedLog
-from fmsuite.core.encoders import Encoder
+from fmsuite.core.embedding_plan import UNIT_BATCHES, Plan, WindowsUnit
+from fmsuite.core.embedding_work import Embedder, Failures, MakeWork, UnitFeatures
 from fmsuite.core.features import FeatureStore, StoreFacts
-from fmsuite.core.inputs import InputSpec
-from fmsuite.core.tokens import PatchGrid
-from fmsuite.core.training.precision import Precision, autocast
+from fmsuite.core.pool import ONE_CORE, Outcome, Resources, run_units
+from fmsuite.core.training.precision import Precision
 from fmsuite.core.training.progress import ProgressReport, silent
 from fmsuite.core.versions import package_versions
 from fmsuite.errors import FmsuiteError
 
+__all__ = ["Embedder", "Pool", "embed", "left_out_of", "store_facts"]
+
 DEFAULT_BATCH_SIZE = 64
+WORKER_STAGE = "worker"
+"""In ``skipped.csv``: of windows that ended the processes that worked on them."""
 _PACKAGES = ("torch", "timm", "numpy", "zarr")
-
-
 _LEFT_OUT = re.compile(r"\d+ of \d+ windows of '(.*?)' left out: ")
 
 
@@ -43,33 +42,26 @@ def left_out_of(entry: Skipped) -> str | None:
     return found.group(1) if found else None
 
 
-class Embedder(Protocol):
-    """What makes one vector of one window: an ``Encoder``, or a control in its place."""
+@dataclass(frozen=True)
+class Pool:
+    """Who works; see ``pool.run_units``.
+
+    Attributes:
+        processes: of this machine, or actors of ``ray``; 0 works in this process.
+        ray: address of a Ray cluster.
+        resources: of one of its actors.
+    """
+
+    processes: int = 0
+    ray: str | None = None
+    resources: Resources = ONE_CORE
 
     @property
-    def identity(self) -> str:
-        """Equal identities give equal vectors."""
-        ...
+    def inline(self) -> bool:
+        return self.ray is None and self.processes == 0
 
-    @property
-    def dim(self) -> int: ...
 
-    @property
-    def pooling(self) -> str: ...
-
-    @property
-    def spec(self) -> InputSpec: ...
-
-    @property
-    def provenance(self) -> Mapping[str, Any]: ...
-
-    def to(self, device: torch.device) -> Any:
-        """Move to a device, in place."""
-        ...
-
-    def embed(self, view: View, /) -> Tensor:
-        """(B, dim) float32 of raw values."""
-        ...
+INLINE = Pool()
 
 
 def store_facts(
@@ -112,29 +104,31 @@ def embed(
     skipped: SkippedLog,
     progress: ProgressReport = silent,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    pool: Pool = INLINE,
 ) -> None:
     """Add to a store the groups that are missing, those included of which nothing could be read before.
 
-    Batches are consecutive runs of ``store.order``, so they hold windows of several groups where these are small, and
-    depend on the index and the batch size alone. The last bits of a feature depend on the batch that it was computed
-    in; a batch that holds a window of a missing group is therefore computed whole, and what is stored does not depend
-    on how often the work was interrupted. Only the groups of the current batch are held in memory.
+    Batches are those of ``embedding_plan.batch_edges``, which depend on the index and the batch size alone. The last
+    bits of a feature depend on the batch that it was computed in (and, on a CPU, on the number of threads); a batch
+    that holds a window of a missing group is therefore computed whole, and what is stored does not depend on who
+    computed it, or on how often the work was interrupted. Only groups of which a part is done are held in memory.
 
     A window that cannot be read is left out of its group; ``skipped`` gets a line for each source and stage, with how
-    many and the first reason, when the group is finished.
+    many and the first reason, when the group is finished. So are the windows of a unit that ended its workers.
 
     Args:
-        embedder: moved to ``device``.
+        embedder: moved to ``device``, if this process works itself.
         index, batch_size: the store's.
         reader: of the index; what it reads meets ``embedder.spec``, the size aside.
-        store: open for writing.
-        workers: processes that read ahead; 0 reads in this one, -1 chooses, and takes at least one.
+        store: open for writing; written by this process alone.
+        workers: processes of each worker that read ahead; 0 reads in the worker, -1 chooses, and takes at least one.
+        device: ``cuda`` without a number is each worker's own.
         progress: told of every window.
 
     Raises:
         FmsuiteError: if a feature is not finite (naming slide and row), the store cannot be written, a loader process
-            dies, or nothing at all can be read; in strict mode, at the first window that cannot be read. The groups
-            that are finished stay.
+            of this process dies, or nothing at all can be read; in strict mode, at the first window that cannot be
+            read. The groups that are finished stay.
         ValueError: if the index or the batch size is not the store's.
     """
     facts = store.facts
@@ -143,22 +137,27 @@ def embed(
     wanted = [*store.missing(), *store.unreadable()]
     if not wanted:
         return
-    plan = _Plan.of(store, wanted)
-    windows = WholeWindows(index, reader, embedder.spec, embedder.spec.size, _patch_grid(embedder))
-    place = torch.device(device)
-    embedder.to(place)
-    work = _Work(embedder, store, skipped, place, plan)
-    ahead = max(1, default_workers()) if workers < 0 else workers
+    # Batch by batch in this process, so that what is done can be seen.
+    plan = Plan(store, wanted, 1 if pool.inline else UNIT_BATCHES)
+    make = MakeWork(
+        embedder,
+        reader,
+        torch.device(device),
+        cast(Precision, facts.precision),
+        batch_size,
+        _ahead(pool) if workers < 0 else workers,
+        skipped.strict,
+    )
+    groups = _Groups(store, skipped, plan.wanted)
 
     def run() -> Iterator[None]:
-        with closing(load_windows(windows, plan, ahead)) as loaded:
-            for number, (batch, failed) in zip(plan.batches, loaded, strict=True):
-                work.take(int(number), batch, failed)
-                yield from [None] * len(plan.rows(int(number)))
+        with closing(_outcomes(make, plan, pool)) as outcomes:
+            for outcome in outcomes:
+                groups.take(outcome.unit, outcome.result or _given_up(outcome, facts.dim))
+                yield from [None] * len(outcome.unit)
 
-    with explained_deaths(WORKERS_ADVICE):
-        for _ in progress(run(), plan.windows, "Embedding windows"):
-            pass
+    for _ in progress(run(), plan.windows, "Embedding windows"):
+        pass
     if not store.stored():
         first = next(iter(store.unreadable().values()))
         raise FmsuiteError(
@@ -167,137 +166,95 @@ def embed(
         )
 
 
-@dataclass
-class _Plan:
-    """Which batches have to be computed for the groups that are wanted; iterating yields their rows.
+def _outcomes(make: MakeWork, plan: Plan, pool: Pool) -> Generator[Outcome[WindowsUnit, UnitFeatures], None, None]:
+    return run_units(make, plan, processes=pool.processes, ray=pool.ray, resources=pool.resources)
 
-    Attributes:
-        wanted: (G,) bool.
-        batches: numbers of batches, ascending.
-    """
 
-    store: FeatureStore
-    wanted: np.ndarray
-    batches: np.ndarray
+def _ahead(pool: Pool) -> int:
+    """Processes that read ahead for each worker."""
+    if pool.ray is not None:
+        return max(1, int(pool.resources.cpus) - 1)
+    return max(1, default_workers() // max(1, pool.processes))
 
-    @classmethod
-    def of(cls, store: FeatureStore, wanted: Sequence[str]) -> _Plan:
-        names = set(wanted)
-        flags = np.array([id in names for id in store.keys()])  # noqa: SIM118
-        needed = np.flatnonzero(flags[store.codes]) // store.facts.batch_size
-        return cls(store, flags, np.unique(needed))
 
-    @property
-    def windows(self) -> int:
-        size, total = self.store.facts.batch_size, len(self.store.order)
-        return int(np.minimum(size, total - self.batches * size).sum())
-
-    def places(self, number: int) -> slice:
-        size = self.store.facts.batch_size
-        return slice(number * size, (number + 1) * size)
-
-    def rows(self, number: int) -> np.ndarray:
-        return self.store.order[self.places(number)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.rows(int(number)).tolist() for number in self.batches)
+def _given_up(outcome: Outcome[WindowsUnit, UnitFeatures], dim: int) -> UnitFeatures:
+    """All windows of a unit as failures."""
+    reason = outcome.failure or ""
+    failures: dict[str, Failures] = {}
+    for place, source in enumerate(outcome.unit.windows.table.column("source").to_pylist()):
+        failures.setdefault(source, Failures(source, WORKER_STAGE, reason)).places.append(place)
+    return UnitFeatures(np.empty(0, dtype=np.int64), np.empty((0, dim), dtype=np.float32), list(failures.values()))
 
 
 @dataclass
 class _OpenGroup:
-    """A group of which not all windows have been seen. The arrays are as long as the group could become.
+    """A group of which not all windows have been seen.
 
     Attributes:
+        features: (N, D), and (N,) which of them are there.
+        left: how many have not been seen.
         failures: (source, stage) to how many windows failed there.
-        reasons: and why the first of them did.
+        reasons: (source, stage) to why, with the place of the window that failed first.
     """
 
-    rows: np.ndarray
     features: np.ndarray
-    count: int = 0
+    there: np.ndarray
+    left: int
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
-    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def add(self, rows: np.ndarray, features: np.ndarray) -> None:
-        stop = self.count + len(rows)
-        self.rows[self.count : stop], self.features[self.count : stop] = rows, features
-        self.count = stop
-
-    def fail(self, window: SkippedWindow) -> None:
-        where = window.source, window.stage
-        self.failures[where] += 1
-        self.reasons.setdefault(where, window.reason)
+    reasons: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
 
-class _Work:
-    """Takes batches in order and writes every group as soon as its last window has been seen."""
+class _Groups:
+    """Takes what became of units, in any order, and writes every group as soon as all of it has been seen."""
 
-    def __init__(
-        self, embedder: Embedder, store: FeatureStore, skipped: SkippedLog, device: torch.device, plan: _Plan
-    ) -> None:
-        self.embedder = embedder
+    def __init__(self, store: FeatureStore, skipped: SkippedLog, wanted: np.ndarray) -> None:
         self.store = store
         self.skipped = skipped
-        self.device = device
-        self.plan = plan
+        self.wanted = wanted
         self.ids = store.keys()
         self.open: dict[int, _OpenGroup] = {}
 
-    def take(self, number: int, batch: Batch | None, failed: Sequence[SkippedWindow]) -> None:
-        places = self.plan.places(number)
-        rows, codes = self.store.order[places], self.store.codes[places]
-        read = np.empty(0, dtype=np.int64) if batch is None else batch.indices.numpy()
-        vectors = np.empty((0, self.store.facts.dim), dtype=np.float32) if batch is None else self._embed(batch)
-        for code in np.unique(codes[self.plan.wanted[codes]]):
-            mine = rows[codes == code]
-            group = self._group(int(code))
-            for window in failed:
-                if window.index in mine:
-                    if self.skipped.strict:
-                        self.skipped.add(window.source, window.stage, window.reason)
-                    group.fail(window)
-            chosen = np.isin(read, mine)
-            self.store.refuse_non_finite(self.ids[code], read[chosen], vectors[chosen])
-            group.add(read[chosen], vectors[chosen])
-            if mine[-1] == self.store.rows_of(self.ids[code])[-1]:
-                self._close(int(code))
-
-    @torch.no_grad()
-    def _embed(self, batch: Batch) -> np.ndarray:
-        facts = self.store.facts
-        view = batch.views[IMAGE][0].to(self.device)
-        try:
-            with autocast(cast(Precision, facts.precision), self.device):
-                vectors = self.embedder.embed(view)
-        except torch.cuda.OutOfMemoryError as error:
-            raise FmsuiteError(
-                f"The GPU's memory does not hold batches of {facts.batch_size} windows of {facts.size}.",
-                "Use a smaller --batch-size.",
-            ) from error
-        if vectors.shape != (len(batch), facts.dim):
-            raise ValueError(f"the embedder gave {tuple(vectors.shape)} for {len(batch)} windows of {facts.dim}")
-        return vectors.float().cpu().numpy()
+    def take(self, unit: WindowsUnit, found: UnitFeatures) -> None:
+        codes = self.store.codes[unit.first : unit.first + len(unit)]
+        for code in np.unique(codes[self.wanted[codes]]).tolist():
+            first, last = np.searchsorted(codes, [code, code + 1])
+            group = self._group(code)
+            offset = unit.first - self.store.start_of(code)
+            low, high = np.searchsorted(found.places, [first, last])
+            places, features = found.places[low:high] + offset, found.features[low:high]
+            self.store.refuse_non_finite(self.ids[code], unit.rows[found.places[low:high]], features)
+            group.features[places], group.there[places] = features, True
+            for failures in found.failures:
+                mine = [place + offset for place in failures.places if first <= place < last]
+                if mine:
+                    where = failures.source, failures.stage
+                    group.failures[where] += len(mine)
+                    said = mine[0], failures.reason
+                    group.reasons[where] = min(group.reasons.get(where, said), said)
+            group.left -= int(last - first)
+            if not group.left:
+                self._close(code)
 
     def _group(self, code: int) -> _OpenGroup:
         if code not in self.open:
             size = len(self.store.rows_of(self.ids[code]))
             features = np.empty((size, self.store.facts.dim), dtype=np.float32)
-            self.open[code] = _OpenGroup(np.empty(size, dtype=np.int64), features)
+            self.open[code] = _OpenGroup(features, np.zeros(size, dtype=bool), size)
         return self.open[code]
 
     def _close(self, code: int) -> None:
         group, id = self.open.pop(code), self.ids[code]
-        for (source, stage), count in group.failures.items():
+        # In the order of the windows, whoever was first.
+        for where, (_, reason) in sorted(group.reasons.items(), key=lambda item: item[1][0]):
             # Before the group appears, so that none is there without its line.
-            reason = group.reasons[source, stage]
-            self.skipped.add(source, stage, f"{count} of {len(group.rows)} windows of '{id}' left out: {reason}")
-        if group.count:
-            self.store.write(id, group.rows[: group.count], group.features[: group.count])
+            source, stage = where
+            left = f"{group.failures[where]} of {len(group.there)} windows of '{id}' left out"
+            self.skipped.add(source, stage, f"{left}: {reason}")
+        rows = self.store.rows_of(id)
+        if group.there.all():
+            self.store.write(id, rows, group.features)
+        elif group.there.any():
+            self.store.write(id, rows[group.there], group.features[group.there])
         else:
-            (source, _), reason = next(iter(group.reasons.items()))
+            (source, _), (_, reason) = min(group.reasons.items(), key=lambda item: item[1][0])
             self.store.mark_unreadable(id, f"{source}: {reason}")
-
-
-def _patch_grid(embedder: Embedder) -> PatchGrid | None:
-    """How an encoder cuts its input into tokens; a control does not."""
-    return embedder.backbone.grid if isinstance(embedder, Encoder) else None

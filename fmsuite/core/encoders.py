@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +73,7 @@ class Encoder(nn.Module):
     def normalized(self, pixels: Tensor | View) -> View:
         """Raw values, alone or as a view, as the backbone takes them."""
         view = pixels if isinstance(pixels, View) else View(pixels)
-        valid = view.valid
-        if valid is not None and self.spec.bag:
-            valid = valid[..., None]
-        return replace(view, pixels=self.normalize(view.pixels, valid))
+        return self.normalize.view(view)
 
     def features(self, view: Tensor | View, layers: Sequence[int] = (), norm_layers: bool = True) -> Features:
         """Tokens of raw values, (B, C, *size) or (B, N, D); see ``Backbone.forward`` for the layers.

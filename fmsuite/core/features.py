@@ -223,6 +223,14 @@ class FeatureStore:
         number = self._number[id]
         return self.order[self._edges[number] : self._edges[number + 1]]
 
+    def start_of(self, code: int) -> int:
+        """Where in ``order`` a group begins.
+
+        Args:
+            code: its position in ``keys()``.
+        """
+        return int(self._edges[code])
+
     def __getitem__(self, id: str) -> StoredGroup:
         """
         Raises:

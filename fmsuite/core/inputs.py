@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from fmsuite.core.data.adjust import adjusted
+from fmsuite.core.data.sample import View
 from fmsuite.errors import UsageError
 
 SPATIAL_AXES = ("z", "y", "x")
@@ -171,17 +174,26 @@ class Normalize(nn.Module):
         Returns:
             float32, same shape.
         """
-        out = values.to(torch.float32)
+        # One copy, and the rest in place: on a CPU, fresh memory costs more than the arithmetic.
+        out = values.to(torch.float32, copy=True)
         if self.spec.scale != 1.0:
-            out = out * self.spec.scale
+            out.mul_(self.spec.scale)
         if self.spec.offset != 0.0:
-            out = out + self.spec.offset
+            out.add_(self.spec.offset)
         if self.spec.clip is not None:
-            out = out.clamp(*self.spec.clip)
-        out = (out - self.mean) / self.std
+            out.clamp_(*self.spec.clip)
+        out.sub_(self.mean).div_(self.std)
         if valid is not None:
             out = torch.where(valid, out, torch.zeros((), device=out.device))
         return out
+
+    def view(self, view: View) -> View:
+        """A view as the network takes it: raw pixels adjusted (``core.data.adjust``), then normalised."""
+        view = adjusted(view)
+        valid = view.valid
+        if valid is not None and self.spec.bag:
+            valid = valid[..., None]
+        return replace(view, pixels=self(view.pixels, valid))
 
     def invert(self, values: Tensor) -> Tensor:
         """Network values back to raw ones (where no clipping took place). Shape and device are kept."""

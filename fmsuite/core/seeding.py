@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -58,19 +59,23 @@ def _mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def uniform_from_keys(keys: Tensor, salt: int) -> Tensor:
+def uniform_from_keys(keys: Tensor, salt: int | Sequence[int]) -> Tensor:
     """One number in [0, 1) for each integer key: counter-based, so it depends on nothing but (key, salt).
 
     Drop-path uses it with a key per sample, which makes it independent of how a batch is spread over ranks.
 
     Args:
         keys: (B,) int64.
-        salt: what tells this draw from others (layer, step).
+        salt: what tells this draw from others (layer, step); several for as many draws at once.
 
     Returns:
-        (B,) float32 on the keys' device.
+        (B,) float32 on the keys' device, or (S, B) for S salts.
     """
-    state = keys ^ _signed(_mix64(salt & _MASK64))
+    if isinstance(salt, int):
+        state = keys ^ _signed(_mix64(salt & _MASK64))
+    else:
+        mixed = [_signed(_mix64(one & _MASK64)) for one in salt]
+        state = keys ^ torch.tensor(mixed, dtype=torch.int64, device=keys.device)[:, None]
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
         state = (state ^ _logical_right(state, shift)) * _signed(multiplier)
     state = state ^ _logical_right(state, 31)

@@ -175,7 +175,9 @@ class PatchGrid:
             grid[..., column] = centres.to(torch.float32).gather(1, grid[..., column].long())
         pitch = None
         if spacing is not None:
-            pitch = spacing.to(device) * torch.tensor(self.patch_size, dtype=spacing.dtype, device=device)
+            spacing = spacing.to(device, non_blocking=True)
+            # By numbers and not by a tensor of them, for whose copy to the device the host would wait.
+            pitch = torch.stack([spacing[..., axis] * patch for axis, patch in enumerate(self.patch_size)], dim=-1)
             for axis in coords or {}:
                 pitch[..., self.axes.index(axis)] = 1.0
             if len(self.groups) > 1:
@@ -187,6 +189,8 @@ class PatchGrid:
 
         Groups with fewer channels than the widest are padded with zeros at the end (see ``element_mask``).
         """
+        if self.groups == (tuple(range(values.shape[1])),):
+            return self._cut(values)
         return torch.cat([self._cut(values[:, list(members)]) for members in self.groups], dim=1)
 
     def _cut(self, values: Tensor) -> Tensor:
@@ -198,7 +202,8 @@ class PatchGrid:
         order = [0, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2), 1]
         cut = values.reshape(split).permute(order)
         flat = cut.reshape(batch, math.prod(cut.shape[1 : 1 + dims]), -1)
-        return torch.nn.functional.pad(flat, (0, self.patch_values - flat.shape[-1]))
+        missing = self.patch_values - flat.shape[-1]
+        return torch.nn.functional.pad(flat, (0, missing)) if missing else flat
 
     def unpatchify(self, patches: Tensor, size: tuple[int, ...]) -> Tensor:
         """The inverse of ``patchify``: (B, N, P) to (B, C, *size)."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +18,7 @@ from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec
 from fmsuite.errors import UsageError, nearest
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 ENTRY_POINT_GROUP = "fmsuite.domains"
 
@@ -85,8 +86,8 @@ class Domain(ABC):
         default_recipe: what ``fmsuite pretrain --domain NAME`` runs.
         recipes: a folder of further recipes, for plugins outside this package.
         units: what results call its windows, sources and groups.
-        parts: a folder in which ``build_index`` may keep what it has finished (see ``tiling.parts``), so that it goes
-            on there after an interruption; the caller removes it once the index is written.
+        free_options: names of options that decide nothing about the index: one made with other values of them serves
+            as well, and does not record them.
     """
 
     name: ClassVar[str]
@@ -95,22 +96,63 @@ class Domain(ABC):
     default_recipe: ClassVar[str]
     recipes: ClassVar[Path | None] = None
     units: ClassVar[Units] = Units()
-    parts: Path | None = None
+    free_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: DomainOptions) -> None:
         self.options = options
 
-    @abstractmethod
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        """Find the windows of the given files and folders (folders are searched through).
+    @property
+    def at_once(self) -> int:
+        """How many sources ``index_source`` may look at, each in a thread of its own: more than 1 where it waits for
+        other processes, which do the work."""
+        return 1
 
-        A source that cannot be used goes to ``skipped`` and never stops the rest. Paths in the index are absolute.
-        What the index alone can tell (channel names, statistics, spacing) goes to its metadata, from which
-        ``input_spec`` reads it back; the options need not be repeated there.
+    @abstractmethod
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        """The sources in files and folders (folders are searched through), in the order of the index: by their names
+        alone and what labels files say, without opening any. ``tiling.tasks.labelled_sources`` is often all it takes.
 
         Raises:
             UsageError: if a path does not exist, or holds no file of this domain at all.
         """
+
+    @abstractmethod
+    def index_source(self, task: SourceTask) -> SourceRows:
+        """The windows of one source.
+
+        A function of the options and the task alone: it may run in any process, at any time, or not at all where an
+        earlier run has left its result. What it keeps open between calls, ``close`` closes.
+
+        Raises:
+            ReadFailure: if the source cannot be used.
+        """
+
+    def settle_sources(self, found: Sequence[SourceFacts], skipped: SkippedLog) -> Sequence[SourceTask] | None:
+        """Which sources the index has, where that cannot be told from each alone: several that are one thing, bands
+        that all must share.
+
+        ``index_source`` is asked about those of them that are new: a task with other details is. ``None`` where every
+        source stands for itself; then each must have given rows.
+
+        Args:
+            found: the sources that could be looked at, in order.
+        """
+        return None
+
+    def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
+        """What the index is to record beside its rows, as JSON values: channel names, statistics, spacing.
+
+        ``input_spec`` and ``reader`` read it back; the options need not be repeated there.
+
+        Args:
+            index: the rows; its metadata is still empty.
+            found: its sources, in order.
+            skipped: for what went wrong meanwhile.
+        """
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """Close what ``index_source`` keeps open. It may be called again afterwards."""
 
     @abstractmethod
     def input_spec(self, index: SampleIndex) -> InputSpec:

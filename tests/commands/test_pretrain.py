@@ -21,8 +21,8 @@ from fmsuite.domains.base import domain_names
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "runs.md"
 STEPS = 24
-SOMETIMES = ("skipped.csv", "pairs.parquet", "tokenizer.safetensors", "tokenizer.json")
-"""Files of runs that skipped something, and of some objectives."""
+SOMETIMES = ("skipped.csv", "pairs.parquet", "tokenizer.safetensors", "tokenizer.json", "logs/")
+"""Files of runs that skipped something, of some objectives, and of several processes."""
 METRICS = {"loss", "lr", "weight_decay", "grad_norm", "samples_per_second", "data_wait"}
 
 
@@ -167,7 +167,7 @@ def check_files(run: Path, folder: Path) -> None:
     for name in names:
         assert (run / name).exists() or name in SOMETIMES, name
     assert any((run / "tensorboard").iterdir())
-    assert all(path.suffix == ".pt" for path in (run / "checkpoints").iterdir())
+    assert all((path / "checkpoint.json").is_file() for path in (run / "checkpoints").iterdir())
     with Image.open(run / "views.png") as picture:
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 20
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -203,9 +203,9 @@ def check_encoder(run: Path, shape: tuple[int, ...]) -> None:
     assert not torch.equal(embedding[0], embedding[1])
     assert (encoder.spec.in_chans, *encoder.spec.size) == shape
     assert encoder.provenance["run"] == str(run.resolve())
-    newest = max((run / "checkpoints").glob("step-*.pt"))
-    trained = load_checkpoint(newest).objective
-    name = "teacher" if any(key.startswith("teacher.") for key in trained) else "backbone"
+    newest = max((run / "checkpoints").glob("step-*"))
+    trained = load_checkpoint(newest).state
+    name = "objective.teacher" if any(key.startswith("objective.teacher.") for key in trained) else "objective.backbone"
     for key, weight in encoder.backbone.state_dict().items():
         assert torch.equal(weight, trained[f"{name}.{key}"]), key
 
@@ -214,8 +214,9 @@ def check_config(run: Path, domain: str) -> None:
     path = run / "config.yaml"
     config = resolve_run(domain, str(path))
     assert config.to_yaml() == path.read_text(encoding="utf-8")
-    newest = max((run / "checkpoints").glob("step-*.pt"))
-    assert resolve_run(domain, str(path)).model_dump(mode="json")["seed"] == load_checkpoint(newest).config["seed"]
+    newest = max((run / "checkpoints").glob("step-*"))
+    saved = load_checkpoint(newest).checkpoint
+    assert resolve_run(domain, str(path)).model_dump(mode="json")["seed"] == saved.config["seed"]
 
 
 @pytest.mark.parametrize("objective", ["mae", "dino"])

@@ -13,8 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fmsuite.core.training import loop
-from fmsuite.core.training.checkpoint import save_checkpoint
+from fmsuite.core.training import saver
 
 STEPS = 40
 LONG = {"training.steps": STEPS, "training.checkpoint_every": 3, "model.depth": 2}
@@ -76,23 +75,23 @@ def test_a_run_that_was_killed_three_times_is_the_uninterrupted_run_bit_for_bit(
     assert_equal_runs(facts_of(run), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_exits_with_130_and_can_be_finished(
-    launcher, tiles, tile_settings, facts_of, uninterrupted, until, tmp_path, number: int
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_a_run_that_was_told_to_stop_says_so_by_its_code_and_can_be_finished(
+    launcher, tiles, tile_settings, facts_of, uninterrupted, until, tmp_path, number: int, code: int
 ) -> None:
     run = tmp_path / "run"
     command = launcher.start("pretrain", *tile_settings("mae", HARD["mae"]), "--data", tiles, "--out", run)
     until(lambda: lines_of(run) >= 5)
     command.send(number)
     ran = command.wait()
-    assert ran.code == 130
+    assert ran.code == code
     assert "Interrupted at step" in ran.text
     assert f"--out {run} --resume" in ran.text
     assert "Traceback" not in ran.text
     stopped = lines_of(run)
     assert 5 <= stopped < STEPS
-    newest = max((run / "checkpoints").glob("step-*.pt"))
-    assert int(newest.stem.removeprefix("step-")) == stopped
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert int(newest.name.removeprefix("step-")) == stopped
     assert not (run / "encoder.safetensors").exists()
     ran = launcher.start("pretrain", "--domain", "pathology", "--out", run, "--resume").wait()
     assert ran.code == 0, ran.text
@@ -205,21 +204,22 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(
     assert fmsuite("pretrain", *arguments, "--out", tmp_path / "whole").code == 0
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-    def fill_the_disk_afterwards(*given: object) -> Path:
-        path = save_checkpoint(*given)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))
-        return path
+    class FillTheDiskAfterwards(saver.Writer):
+        def finish(self, **given: object) -> None:
+            super().finish(**given)
+            size = max(path.stat().st_size for path in self.target.iterdir())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
 
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "save_checkpoint", fill_the_disk_afterwards)
+        patched.setattr(saver, "Writer", FillTheDiskAfterwards)
         ran = fmsuite("pretrain", *arguments, "--out", run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert ran.code == 1
-    assert "step-00000004.pt: the checkpoint could not be written" in ran.text
-    assert "step-00000002.pt is intact" in ran.text
+    assert "step-00000004: the checkpoint could not be written" in ran.text
+    assert "step-00000002 is intact" in ran.text
     assert "--resume to continue from step 2" in ran.text
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
     ran = fmsuite("pretrain", "--domain", "pathology", "--out", run, "--resume")
     assert ran.code == 0, ran.text
     assert_equal_runs(facts_of(run), facts_of(tmp_path / "whole"))
@@ -231,8 +231,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     run = tmp_path / "run"
     assert fmsuite("pretrain", *tile_settings("mae"), "--data", tiles, "--out", run).code == 0
     expected = facts_of(run)
-    newest = max((run / "checkpoints").glob("step-*.pt"))
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    newest = max((run / "checkpoints").glob("step-*"))
+    (data,) = newest.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     ran = fmsuite("pretrain", "--domain", "pathology", "--out", run, "--resume")
     assert ran.code == 0, ran.text
     assert f"{newest.name}: not a readable checkpoint" in ran.text

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fmsuite.commands import setup
-from fmsuite.core.data.index import SampleIndex, Window
+from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
-from fmsuite.domains.base import Domain, DomainOptions, Progress, no_progress
+from fmsuite.domains.base import Domain, DomainOptions
 from fmsuite.errors import UsageError
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 
 class LinesOptions(DomainOptions):
@@ -27,11 +30,16 @@ class Lines(Domain):
     recorded: tuple[str, ...] | None = None
     options: LinesOptions
 
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        metadata = {"domain": self.name}
-        if self.recorded is not None:
-            metadata["options"] = {key: getattr(self.options, key) for key in self.recorded}
-        return SampleIndex.from_windows([Window("a", "a", (0.0,), (8.0,))], metadata)
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        return Sources([SourceTask("a", "a")])
+
+    def index_source(self, task: SourceTask) -> SourceRows:
+        return SourceRows(task.rows(np.zeros((1, 1)), (8.0,)))
+
+    def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
+        if self.recorded is None:
+            return {}
+        return {"options": {key: getattr(self.options, key) for key in self.recorded}}
 
     def _not_needed(self, *arguments: object) -> None:
         raise AssertionError

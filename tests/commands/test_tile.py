@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,33 @@ def test_an_interrupted_tiling_goes_on_with_what_is_missing(
     assert SampleIndex.read(out).hash == SampleIndex.read(whole).hash
     assert SampleIndex.read(out).metadata == SampleIndex.read(whole).metadata
     assert (out.parent / "skipped.csv").read_text() == (whole.parent / "skipped.csv").read_text()
+
+
+def test_a_killed_command_goes_on_with_what_is_missing(launcher, until, folder: Path, tmp_path: Path, fmsuite) -> None:
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    for number in range(40):
+        shutil.copy(folder / "good.tif", cohort / f"{number:02}.tif")
+    whole, out = tmp_path / "whole" / "index.parquet", tmp_path / "out" / "index.parquet"
+    assert tile(fmsuite, cohort, "--out", whole).code == 0
+    parts = out.parent / ".index.parts"
+    arguments = ["--domain", "pathology", str(cohort), "--out", str(out), "--set", "size=128"]
+    command = launcher.start("tile", *arguments, "--processes", "0")
+    until(lambda: list(parts.glob("*.parquet")))
+    command.send(signal.SIGKILL)
+    command.wait()
+    assert not out.exists()
+    assert tile(fmsuite, cohort, "--out", out).code == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), [(["--processes", "-1"], "-1"), (["--ray", "nowhere:1"], "nowhere:1")]
+)
+def test_workers_that_cannot_be_are_wrong_use(
+    fmsuite, folder: Path, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    ran = tile(fmsuite, folder, "--out", tmp_path / "index.parquet", *arguments)
+    assert ran.code == 2, ran.text
+    assert sentence in ran.text

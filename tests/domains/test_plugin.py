@@ -43,6 +43,7 @@ PARTS = """
 import sys
 from pathlib import Path
 import torch
+from fmsuite.commands.indexing import build_index
 from fmsuite.configs import load_recipe
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.config import parse_run
@@ -62,7 +63,7 @@ domain = kind(config.data)
 folder = domain.example_data(Path(sys.argv[1]))
 (folder / "words.csv").write_text("not numbers")
 skipped = SkippedLog()
-index = domain.build_index([folder], skipped)
+index = build_index(domain, [folder], skipped)
 assert len(index) == 60 and index.label_names == ["1 peaks", "2 peaks", "3 peaks"], index.label_names
 assert [Path(e.path).name for e in skipped.entries] == ["words.csv"]
 spec = domain.input_spec(index)

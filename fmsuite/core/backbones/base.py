@@ -150,41 +150,27 @@ class Backbone(nn.Module, ABC):
             attention: return the last block's attention as well.
         """
 
-    def forward_crops(self, views: Sequence[View], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
+    def forward_crops(
+        self,
+        views: Sequence[View],
+        masks: Sequence[Tensor | None] | None = None,
+        keep: Sequence[Tensor | None] | None = None,
+        keep_valid: Sequence[Tensor | None] | None = None,
+    ) -> list[Features]:
         """Several crops, of several sizes, in one call: crops of equal size go through together.
 
         Args:
             views: any number of views; each may have its own batch size.
             masks: for each view the tokens to replace by the mask token, or ``None``.
+            keep, keep_valid: for each view the only tokens to run on, or ``None``; see ``forward``.
 
         Returns:
             Features of each view, in the same order; equal to separate calls.
         """
-        given: Sequence[Tensor | None] = masks if masks is not None else [None] * len(views)
-        if len(given) != len(views):
-            raise ValueError(f"{len(given)} masks for {len(views)} views")
-        bundles: dict[tuple, list[int]] = {}
-        for number, view in enumerate(views):
-            extras = (view.spacing is None, view.keys is None, tuple(sorted(view.coords)))
-            bundles.setdefault((tuple(view.pixels.shape[1:]), extras), []).append(number)
-        results: dict[int, Features] = {}
-        for members in bundles.values():
-            joined = View.cat([replace(views[number], mask=None) for number in members])
-            mask = None
-            if any(given[number] is not None for number in members):
-                mask = torch.cat([self._mask_or_none(views[number], given[number]) for number in members])
-            features = self(joined, mask=mask)
-            start = 0
-            for number in members:
-                stop = start + len(views[number])
-                results[number] = _rows(features, start, stop)
-                start = stop
-        return [results[number] for number in range(len(views))]
-
-    def _mask_or_none(self, view: View, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            return mask
-        return torch.zeros(len(view), self.layout(view).num_tokens, dtype=torch.bool, device=view.pixels.device)
+        crops = bundle_crops(views, masks, keep, keep_valid, self)
+        return crops.apart(
+            [self(view, keep=kept, keep_valid=valid, mask=mask) for view, kept, valid, mask in crops.bundles]
+        )
 
     @abstractmethod
     def layer_of(self, parameter: str) -> int:
@@ -200,9 +186,72 @@ class Backbone(nn.Module, ABC):
             return TokenLayout(self.spec.axes, coords, None, pitch, view.valid)
         size = tuple(view.pixels.shape[2:])
         if spacing is None and self.spec.spacing is not None:
-            spacing = torch.tensor(self.spec.spacing, dtype=torch.float32, device=view.pixels.device)
+            # Filled on the device: for a copy from the host the host would wait.
+            device = view.pixels.device
+            spacing = torch.stack([torch.full((), step, device=device) for step in self.spec.spacing])
         valid = None if view.valid is None else self.grid.valid_tokens(view.valid)
         return self.grid.layout(size, view.coords, spacing, valid, view.pixels.device)
+
+
+Bundle = tuple[View, Tensor | None, Tensor | None, Tensor | None]
+"""A view, and its ``keep``, ``keep_valid`` and ``mask``."""
+
+
+@dataclass
+class Crops:
+    """Views that go through a backbone together.
+
+    Attributes:
+        bundles: views of one size after another, without the masks that they carry.
+        members: for each bundle the numbers of the views in it, in order, and how many samples each has.
+    """
+
+    bundles: list[Bundle]
+    members: list[list[tuple[int, int]]]
+
+    def apart(self, features: Sequence[Features]) -> list[Features]:
+        """The features of the bundles as those of each view, in the views' order."""
+        results: dict[int, Features] = {}
+        for joined, members in zip(features, self.members, strict=True):
+            start = 0
+            for number, samples in members:
+                results[number] = _rows(joined, start, start + samples)
+                start += samples
+        return [results[number] for number in range(len(results))]
+
+
+def bundle_crops(
+    views: Sequence[View],
+    masks: Sequence[Tensor | None] | None,
+    keep: Sequence[Tensor | None] | None,
+    keep_valid: Sequence[Tensor | None] | None,
+    backbone: Backbone,
+) -> Crops:
+    """Join views of equal size; one of which only some tokens are kept stays alone. For the arguments see
+    ``Backbone.forward_crops``."""
+    given, kept, kept_valid = (list(each) if each else [None] * len(views) for each in (masks, keep, keep_valid))
+    for what, each in (("masks", given), ("keep", kept), ("keep_valid", kept_valid)):
+        if len(each) != len(views):
+            raise ValueError(f"{len(each)} {what} for {len(views)} views")
+    places: dict[tuple, list[int]] = {}
+    for number, view in enumerate(views):
+        extras = (view.spacing is None, view.keys is None, tuple(sorted(view.coords)))
+        alone = None if kept[number] is None else number
+        places.setdefault((tuple(view.pixels.shape[1:]), extras, alone), []).append(number)
+    bundles: list[Bundle] = []
+    for members in places.values():
+        joined = View.cat([replace(views[number], mask=None) for number in members])
+        mask = None
+        if any(given[number] is not None for number in members):
+            mask = torch.cat([_mask_or_none(backbone, views[number], given[number]) for number in members])
+        bundles.append((joined, kept[members[0]], kept_valid[members[0]], mask))
+    return Crops(bundles, [[(number, len(views[number])) for number in members] for members in places.values()])
+
+
+def _mask_or_none(backbone: Backbone, view: View, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        return mask
+    return torch.zeros(len(view), backbone.layout(view).num_tokens, dtype=torch.bool, device=view.pixels.device)
 
 
 def _rows(features: Features, start: int, stop: int) -> Features:

@@ -1,16 +1,18 @@
-"""Transformer layers with timm's parameter names: attention, MLPs, LayerScale, stochastic depth, the block."""
+"""Transformer layers with timm's parameter names: attention, MLPs, LayerScale, the block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmsuite.core.backbones.positions import Rotary, rotate
-from fmsuite.core.seeding import uniform_from_keys
+from fmsuite.core.backbones.drop_path import Branches, DropPath, Kept
+from fmsuite.core.backbones.packing import Group, attend, project_group, select_groups, token_rows
+from fmsuite.core.backbones.positions import Rotary
+from fmsuite.core.tokens import take
 
 LAYER_NORM_EPS = 1e-6
 
@@ -104,14 +106,23 @@ class Attention(nn.Module):
         Returns:
             (B, N, D).
         """
-        batch, tokens, width = x.shape
-        q, k, v = self._project(x, rotary)
+        group = Group(len(x), x.shape[1], rotary, key_mask, position_bias)
+        return self.attend(x.flatten(0, 1), (group,)).view(x.shape)
+
+    def attend(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        """(T, D) to (T, D), the tokens of several groups of sequences; see ``packing.attend``."""
+        return self.proj(attend(self.qkv(x).unflatten(-1, (3, self.heads, -1)), groups))
+
+    def attend_queries(self, x: Tensor, queries: Tensor, key_mask: Tensor | None) -> Tensor:
+        """What some of the tokens read from all: (B, N, D) and their numbers (B, M) int64 to (B, M, D)."""
+        width = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = F.linear(take(x, queries), weight[:width], first).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, weight[width:], rest).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        if position_bias is not None:
-            bias = position_bias.to(q.dtype).expand(batch, -1, -1, -1)
-            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(
         self,
@@ -122,21 +133,14 @@ class Attention(nn.Module):
         position_bias: Tensor | None = None,
     ) -> Tensor:
         """What the tokens in ``queries`` attend to: (B, heads, Q, N) float32, rows sum to one."""
-        q, k, _ = self._project(x, rotary)
+        qkv = self.qkv(x.flatten(0, 1)).unflatten(-1, (3, self.heads, -1))
+        q, k, _ = project_group(qkv, Group(len(x), x.shape[1], rotary))
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(torch.float32) * q.shape[-1] ** -0.5
         if position_bias is not None:
             logits = logits + position_bias[..., queries, :]
         if key_mask is not None:
             logits = logits.masked_fill(~key_mask[:, None, None, :], float("-inf"))
         return logits.softmax(-1)
-
-    def _project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, heads, N, head_dim) each."""
-        batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -178,36 +182,6 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for a whole sample, in training (Huang et al. 2016, section 3).
-
-    Args:
-        rate: probability of dropping; what is kept is divided by ``1 - rate``.
-        salt: tells this draw from those of other branches where keys are used.
-    """
-
-    def __init__(self, rate: float, salt: int) -> None:
-        super().__init__()
-        self.rate = rate
-        self.salt = salt
-
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """
-        Args:
-            x: (B, ...).
-            keys: (B,) int64, a number for each sample and draw: what is dropped then depends on the key alone, not on
-                the batch, the rank or the generator. ``None`` draws from PyTorch's generator.
-        """
-        if not self.training or self.rate == 0.0:
-            return x
-        draw = torch.rand(len(x), device=x.device) if keys is None else uniform_from_keys(keys, self.salt)
-        factor = (draw >= self.rate).to(x.dtype) / (1.0 - self.rate)
-        return x * factor.view(-1, *(1,) * (x.dim() - 1))
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
-
-
 class Block(nn.Module):
     """A pre-norm transformer block with timm's names: ``norm1 attn ls1 norm2 mlp ls2``.
 
@@ -220,6 +194,10 @@ class Block(nn.Module):
         drop_path: rate of both branches.
         index: number of the block, which separates the drop-path draws of different blocks.
     """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("attention",)
+    """Methods beside ``forward`` that are called from outside: where parameters are spread over processes, they have to
+    be gathered for these as well."""
 
     def __init__(
         self,
@@ -246,17 +224,80 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path2 = DropPath(drop_path, 2 * index + 1)
 
+    def attention(
+        self,
+        x: Tensor,
+        queries: slice,
+        rotary: Rotary | None = None,
+        key_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        """What ``forward`` would attend to: see ``Attention.weights``, of whose input x is not yet normalised."""
+        return self.attn.weights(self.norm1(x), queries, rotary, key_mask, position_bias)
+
     def forward(
         self,
         x: Tensor,
         rotary: Rotary | None = None,
         key_mask: Tensor | None = None,
-        keys: Tensor | None = None,
         position_bias: Tensor | None = None,
+        *,
+        groups: Sequence[Group] | None = None,
+        kept: Branches = (None, None),
+        queries: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D) to (B, N, D); the other arguments are those of ``Attention`` and ``DropPath``."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotary, key_mask, position_bias)), keys)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), keys)
+        """
+        Args:
+            x: (B, N, D); or (T, D), the sequences of ``groups`` one after the other.
+            rotary, key_mask, position_bias: those of ``Attention``, for (B, N, D).
+            groups: for (T, D), in place of those.
+            kept: the samples for which attention and MLP are computed; what the others have is passed on. ``draw_kept``
+                makes it.
+            queries: (B, M) int64, the only tokens of (B, N, D) whose output is wanted; all others are only read. Not
+                with rotary positions, a position bias or drop-path.
+
+        Returns:
+            As ``x``; (B, M, D) for queries.
+
+        Raises:
+            ValueError: in training with drop-path, if nothing says what is kept; for queries beside what they exclude.
+        """
+        if any(path.drops and keeps is None for path, keeps in zip((self.drop_path1, self.drop_path2), kept)):
+            raise ValueError("a block with drop-path in training needs to be told which samples are kept")
+        if queries is not None:
+            if any(each is not None for each in (groups, rotary, position_bias, *kept)):
+                raise ValueError("queries go with plain attention only, without groups, positions or drop-path")
+            mixed = self.attn.attend_queries(self.norm1(x), queries, key_mask)
+            x = take(x, queries) + self.ls1(mixed)
+            return x + self.ls2(self.mlp(self.norm2(x)))
+        if groups is None:
+            groups = (Group(len(x), x.shape[1], rotary, key_mask, position_bias),)
+        part, here, rows = self._take(x, groups, kept[0])
+        normed = self.norm1(part)
+        mixed = self.attn.attend(normed.flatten(0, -2), here).view(normed.shape)
+        x = self._add(x, self.ls1(mixed), rows, self.drop_path1)
+        part, _, rows = self._take(x, groups, kept[1])
+        return self._add(x, self.ls2(self.mlp(self.norm2(part))), rows, self.drop_path2)
+
+    @staticmethod
+    def _take(
+        x: Tensor, groups: Sequence[Group], kept: Kept | None
+    ) -> tuple[Tensor, Sequence[Group], tuple[Tensor, Tensor] | None]:
+        """What a branch is computed from, its groups, and which rows of ``x`` those are and whether they count."""
+        if kept is None:
+            return x, groups, None
+        if x.dim() == 3:
+            rows, counted = kept.rows[0], kept.counted[0][:, None, None]
+        else:
+            rows, counted = token_rows(groups, kept)
+        return x.index_select(0, rows), select_groups(groups, kept), (rows, counted)
+
+    @staticmethod
+    def _add(x: Tensor, branch: Tensor, rows: tuple[Tensor, Tensor] | None, path: DropPath) -> Tensor:
+        if rows is None:
+            return x + branch
+        index, counted = rows
+        return x.index_add(0, index, (branch * (counted * path.scale)).to(x.dtype))
 
 
 def init_transformer(module: nn.Module, law: Literal["normal", "xavier"] = "normal") -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fmsuite.core.inputs import InputSpec
-from fmsuite.core.tokens import PatchGrid
+from fmsuite.core.tokens import PatchGrid, take
 from fmsuite.errors import UsageError
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -43,8 +43,15 @@ class PatchEmbed(nn.Module):
         else:
             self.proj = nn.ModuleList(project(len(members)) for members in grid.groups)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, C, *size) to (B, N, D); every length must be a multiple of the patch size."""
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, C, *size) to (B, N, D); every length must be a multiple of the patch size.
+
+        Args:
+            keep: (B, K) int64, the only patches that are wanted, (B, K, D). With a single channel group no others are
+                projected.
+        """
+        if keep is not None:
+            return self._project(pixels, keep)
         if isinstance(self.proj, nn.ModuleList):
             parts = [
                 proj(pixels[:, list(members)]).flatten(2)
@@ -52,6 +59,14 @@ class PatchEmbed(nn.Module):
             ]
             return torch.cat(parts, dim=2).transpose(1, 2)
         return self.proj(pixels).flatten(2).transpose(1, 2)
+
+    def _project(self, pixels: Tensor, keep: Tensor) -> Tensor:
+        proj = self.proj
+        if not isinstance(proj, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return take(self(pixels), keep)
+        # The kernel's values in the order of a patch's: channels vary fastest.
+        weight = proj.weight.movedim(1, -1).flatten(1)
+        return nn.functional.linear(take(self.grid.patchify(pixels), keep), weight, proj.bias)
 
 
 class BagEmbed(nn.Module):
@@ -61,6 +76,6 @@ class BagEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Linear(spec.in_chans, width)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, D)."""
-        return self.proj(pixels)
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, N, C) to (B, N, D); or to (B, K, D), the vectors in ``keep``, (B, K) int64."""
+        return self.proj(pixels if keep is None else take(pixels, keep))

@@ -98,8 +98,9 @@ def sincos_positions(
     parts = []
     for axis in reversed(layout.axes):
         half = shares[axis] // 2
-        steps = torch.arange(half, dtype=torch.float64, device="cpu") / half
-        frequencies = (1.0 / OMEGA**steps).to(torch.float32).to(layout.coords.device)
+        # Made where they are used: for a copy from the host the host would wait.
+        steps = torch.arange(half, dtype=torch.float64, device=layout.coords.device) / half
+        frequencies = (1.0 / OMEGA**steps).to(torch.float32)
         angles = columns[axis][..., None] * frequencies
         parts += [angles.sin(), angles.cos()]
     batched = max(part.dim() for part in parts) == 3
@@ -145,8 +146,8 @@ def rotary_angles(
             f"Heads of {head_dim} features cannot hold rotary positions over {', '.join(layout.axes)}.",
             f"Raise {options}width or lower {options}heads; the width of a head must be even.",
         )
-    steps = torch.arange(each, dtype=torch.float64, device="cpu") / each
-    frequencies = (theta**-steps).to(torch.float32).to(layout.coords.device)
+    steps = torch.arange(each, dtype=torch.float64, device=layout.coords.device) / each
+    frequencies = (theta**-steps).to(torch.float32)
     columns = axis_coordinates(layout, physical, scale, options)
     parts = [column[..., None] * frequencies for column in columns.values()]
     rows = max((len(part) for part in parts if part.dim() == 3), default=0)

@@ -39,7 +39,7 @@ class RelativePositionBias(nn.Module):
         """(heads, prefix + N, prefix + N) for the tokens of a grid, row-major. Between grids the table is interpolated
         as learned positions are."""
         table = resample_offsets(self.relative_position_bias_table, self.shape, shape, self.axes)
-        index = relative_index(shape, self.prefix).to(table.device)
+        index = relative_index(shape, self.prefix, table.device)
         return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
 
 
@@ -56,16 +56,16 @@ def resample_offsets(table: Tensor, old: Sequence[int], new: Sequence[int], axes
     return torch.cat([patches, table[-SPECIAL:]])
 
 
-def relative_index(shape: Sequence[int], prefix: int) -> Tensor:
+def relative_index(shape: Sequence[int], prefix: int, device: torch.device | str = "cpu") -> Tensor:
     """(prefix + N, prefix + N) int64 rows of the table for query i and key j."""
-    steps = torch.meshgrid(*(torch.arange(length) for length in shape), indexing="ij")
+    steps = torch.meshgrid(*(torch.arange(length, device=device) for length in shape), indexing="ij")
     places = torch.stack([step.flatten() for step in steps])
     offsets = places[:, :, None] - places[:, None, :]
-    index = torch.zeros(offsets.shape[1:], dtype=torch.int64)
+    index = torch.zeros(offsets.shape[1:], dtype=torch.int64, device=device)
     for length, offset in zip(shape, offsets, strict=True):
         index = index * (2 * length - 1) + offset + length - 1
     total = math.prod(2 * length - 1 for length in shape)
-    full = torch.full((prefix + len(index),) * 2, total + 2)
+    full = torch.full((prefix + len(index),) * 2, total + 2, device=device)
     full[:prefix, prefix:] = total
     full[prefix:, :prefix] = total + 1
     full[prefix:, prefix:] = index

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fmsuite.core.backbones.base import Backbone, Features
+from fmsuite.core.backbones.base import Backbone, Features, bundle_crops
 from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.drop_path import Branches, DropPath, draw_kept
 from fmsuite.core.backbones.layers import Block, init_transformer, key_mask_of, make_norm, rescale_by_depth
+from fmsuite.core.backbones.packing import Group
 from fmsuite.core.backbones.patch_embed import BagEmbed, PatchEmbed
 from fmsuite.core.backbones.positions import (
     Rotary,
@@ -75,7 +77,7 @@ class VisionTransformer(Backbone):
         self._check_positions(size.width // size.heads)
         self.blocks = nn.ModuleList(self.make_block(number, self._drop_path(number)) for number in range(size.depth))
         self.norm = make_norm(size.width, config.norm)
-        self._checkpointing = False
+        self._checkpointing = self._compiled = False
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -115,10 +117,15 @@ class VisionTransformer(Backbone):
         """Recompute each block in the backward pass instead of storing its activations."""
         self._checkpointing = enabled
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile each block in place with ``torch.compile``; parameter names do not change."""
+    def compile_blocks(self, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compile each block in place with ``torch.compile``; parameter names do not change.
+
+        Args:
+            backend, mode: as of ``torch.compile``.
+        """
+        self._compiled = True
         for block in self.blocks:
-            block.compile(backend=backend)
+            block.compile(backend=backend, mode=mode)
 
     def forward(
         self,
@@ -131,39 +138,85 @@ class VisionTransformer(Backbone):
         norm_layers: bool = True,
         attention: bool = False,
     ) -> Features:
+        sequence, layout, group = self._embed(view, keep, keep_valid, mask)
+        kept = self._draw([view])
+        sequence, outputs, weights = self._run(sequence, (group,), kept, layers, layout if attention else None)
+        if norm_layers:
+            outputs = [self.norm(output) for output in outputs]
+        return self._features(self.norm(sequence), layout, outputs, weights)
+
+    def forward_crops(
+        self,
+        views: Sequence[View],
+        masks: Sequence[Tensor | None] | None = None,
+        keep: Sequence[Tensor | None] | None = None,
+        keep_valid: Sequence[Tensor | None] | None = None,
+    ) -> list[Features]:
+        """As in the base class. Crops of all sizes pass each block in one call: norms and linear layers run on all of
+        their tokens at once, and attention stays within each crop (see ``packing.attend``)."""
+        crops = bundle_crops(views, masks, keep, keep_valid, self)
+        if len(crops.bundles) == 1:
+            view, *options = crops.bundles[0]
+            return crops.apart([self(view, **dict(zip(("keep", "keep_valid", "mask"), options)))])
+        embedded = [self._embed(*bundle) for bundle in crops.bundles]
+        groups = tuple(group for _, _, group in embedded)
+        tokens = torch.cat([sequence.flatten(0, 1) for sequence, _, _ in embedded])
+        kept = self._draw([view for view, *_ in crops.bundles])
+        tokens = self.norm(self._run(tokens, groups, kept)[0])
+        sequences = tokens.split([group.samples * group.tokens for group in groups])
+        return crops.apart(
+            [
+                self._features(sequence.view(first.shape), layout)
+                for sequence, (first, layout, _) in zip(sequences, embedded, strict=True)
+            ]
+        )
+
+    def _embed(
+        self, view: View, keep: Tensor | None = None, keep_valid: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, TokenLayout, Group]:
+        """What goes into the first block, (B, S, D), where its patches are, and what attention needs to know."""
         if keep is None and keep_valid is not None:
             raise ValueError("keep_valid marks padding in keep, which was not given")
         layout = self.layout(view)
-        x = self.patch_embed(view.pixels)
-        if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        if layout.valid is not None:
-            # The output of a token without data must not depend on whatever stands there.
-            x = torch.where(layout.valid[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
         patch_positions, cls_position = self._positions(layout)
         position_bias = self._bias(layout, keep)
+        x = self.patch_embed(view.pixels, keep)
+        # What is laid out is what ``keep`` leaves; ``keep_valid`` is not of the pixels.
+        shown = layout if keep is None else layout.select(keep)
+        if mask is not None:
+            hidden = mask if keep is None else mask.gather(1, keep)
+            x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
+        if shown.valid is not None:
+            # The output of a token without data must not depend on whatever stands there.
+            x = torch.where(shown.valid[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
         if patch_positions is not None:
+            if keep is not None:
+                # A table on one grid has rows (N, D) or (1, N, D), others (B, N, D).
+                patch_positions = take(patch_positions.expand(len(x), -1, -1), keep)
             x = x + patch_positions
-        if keep is not None:
-            x = take(x, keep)
-            layout = layout.select(keep)
-            if keep_valid is not None:
-                valid = keep_valid if layout.valid is None else layout.valid & keep_valid
-                layout = replace(layout, valid=valid)
-        sequence, outputs, weights = self._run(
-            self._with_prefix(x, cls_position), layout, view.keys, layers, position_bias, attention
-        )
-        if norm_layers:
-            outputs = [self.norm(output) for output in outputs]
+        layout = shown
+        if keep_valid is not None:
+            layout = replace(layout, valid=keep_valid if layout.valid is None else layout.valid & keep_valid)
+        sequence = self._with_prefix(x, cls_position)
+        group = Group(len(sequence), sequence.shape[1], self._rotary(layout), self._key_mask(layout), position_bias)
+        return sequence, layout, group
+
+    def _features(
+        self,
+        sequence: Tensor,
+        layout: TokenLayout,
+        outputs: Sequence[Tensor] = (),
+        attention: Tensor | None = None,
+    ) -> Features:
+        """(B, S, D) of the last block, through the final norm, and those of other layers."""
         prefix = self.num_prefix_tokens
-        sequence = self.norm(sequence)
         return Features(
             patches=sequence[:, prefix:],
             layout=layout,
             cls=sequence[:, 0] if self.has_cls else None,
             registers=sequence[:, int(self.has_cls) : prefix] if self.config.registers else None,
             intermediate=tuple(output[:, prefix:] for output in outputs),
-            attention=weights,
+            attention=attention,
             intermediate_prefix=tuple(output[:, :prefix] for output in outputs),
         )
 
@@ -202,52 +255,54 @@ class VisionTransformer(Backbone):
         Returns:
             (B, S, D), without a norm.
         """
-        turn, key_mask, bias = self._rotary(layout), self._key_mask(layout), self._bias(layout, None)
-        for block in blocks:
-            sequence = block(sequence, turn, key_mask, keys, bias)
+        group = Group(
+            len(sequence), sequence.shape[1], self._rotary(layout), self._key_mask(layout), self._bias(layout, None)
+        )
+        blocks = list(blocks)
+        paths = [path for block in blocks for path in _paths(block)]
+        kept = draw_kept(paths, [(len(sequence), keys)], sequence.device, compiled=self._compiled)
+        for block, first, second in zip(blocks, kept[::2], kept[1::2], strict=True):
+            sequence = block(sequence, groups=(group,), kept=(first, second))
         return sequence
+
+    def _draw(self, views: Sequence[View]) -> list[Branches]:
+        """What each block keeps of the samples of some views."""
+        paths = [path for block in self.blocks for path in _paths(block)]
+        samples = [(len(view), view.keys) for view in views]
+        kept = draw_kept(paths, samples, views[0].pixels.device, compiled=self._compiled)
+        return list(zip(kept[::2], kept[1::2], strict=True))
 
     def _run(
         self,
         x: Tensor,
-        layout: TokenLayout,
-        keys: Tensor | None,
-        layers: Sequence[int],
-        position_bias: Tensor | None,
-        attention: bool,
+        groups: tuple[Group, ...],
+        kept: list[Branches],
+        layers: Sequence[int] = (),
+        shown: TokenLayout | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """The blocks; the outputs of those in ``layers``, in that order, before the final norm; the attention."""
+        """The blocks; the outputs of those in ``layers``, in that order, before the final norm; the last one's
+        attention, if ``shown`` tells of the patches."""
         wanted = [self._block_number(layer) for layer in layers]
-        key_mask = self._key_mask(layout)
-        turn = self._rotary(layout)
         outputs: dict[int, Tensor] = {}
         weights = None
-        for number, block in enumerate(self.blocks):
-            if attention and number == self.depth - 1:
+        for number, (block, branches) in enumerate(zip(self.blocks, kept, strict=True)):
+            if shown is not None and number == self.depth - 1:
                 assert isinstance(block, Block)
-                weights = self._attention(block, x, layout, turn, key_mask, position_bias)
+                weights = self._attention(block, x, shown, groups[0])
             if self._checkpointing and self.training:
-                x = checkpoint(block, x, turn, key_mask, keys, position_bias, use_reentrant=False)
+                x = checkpoint(block, x, groups=groups, kept=branches, use_reentrant=False)
             else:
-                x = block(x, turn, key_mask, keys, position_bias)
+                x = block(x, groups=groups, kept=branches)
             if number in wanted:
                 outputs[number] = x
         return x, [outputs[number] for number in wanted], weights
 
-    def _attention(
-        self,
-        block: Block,
-        x: Tensor,
-        layout: TokenLayout,
-        turn: Rotary | None,
-        key_mask: Tensor | None,
-        position_bias: Tensor | None,
-    ) -> Tensor:
+    def _attention(self, block: Block, x: Tensor, layout: TokenLayout, group: Group) -> Tensor:
         """(B, heads, N) attention of the class token, or the mean over the valid patches, in a block whose input is
         x."""
         prefix = self.num_prefix_tokens
         queries = slice(0, 1) if self.has_cls else slice(prefix, None)
-        rows = block.attn.weights(block.norm1(x), queries, turn, key_mask, position_bias)[..., prefix:]
+        rows = block.attention(x, queries, group.rotary, group.key_mask, group.position_bias)[..., prefix:]
         if self.has_cls or layout.valid is None:
             return rows.mean(2)
         counted = layout.valid[:, None, :, None].to(rows.dtype)
@@ -268,8 +323,9 @@ class VisionTransformer(Backbone):
         return torch.cat([*prefix, x], dim=1) if prefix else x
 
     def _key_mask(self, layout: TokenLayout) -> Tensor | None:
-        """(B, prefix + N) bool, or ``None`` if every token may be attended to."""
-        if layout.valid is None or bool(layout.valid.all()):
+        """(B, prefix + N) bool, or ``None`` if every token may be attended to. On a GPU that is asked of the layout
+        alone: to look at the values, the host would have to wait for them."""
+        if layout.valid is None or (layout.valid.device.type == "cpu" and bool(layout.valid.all())):
             return None
         return key_mask_of(layout.valid, self.num_prefix_tokens)
 
@@ -344,3 +400,8 @@ class VisionTransformer(Backbone):
         if self.config.drop_path_uniform:
             return self.config.drop_path
         return self.config.drop_path * number / max(1, self.depth - 1)
+
+
+def _paths(block: nn.Module) -> tuple[DropPath, DropPath]:
+    assert isinstance(block, Block)
+    return block.drop_path1, block.drop_path2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Generic, TypeVar
 
 Handle = TypeVar("Handle")
@@ -19,10 +20,12 @@ class HandleCache(Generic[Handle]):
     Args:
         opener: opens a path; module-level, so that the cache can be pickled.
         closer: closes a handle.
-        limit: how many stay open.
+        limit: how many are open at most.
     """
 
     def __init__(self, opener: Callable[[str], Handle], closer: Callable[[Handle], object], limit: int = 8) -> None:
+        if limit < 1:
+            raise ValueError(f"a cache of {limit} open files")
         self.opener = opener
         self.closer = closer
         self.limit = limit
@@ -37,12 +40,12 @@ class HandleCache(Generic[Handle]):
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        handle = self.opener(path)
-        self._open[path] = handle
-        while len(self._open) > self.limit:
+        # Room is made first: the bound then holds while the next one is opened, and a volume may be large.
+        while len(self._open) >= self.limit:
             _, oldest = self._open.popitem(last=False)
             self.closer(oldest)
-        return handle
+        self._open[path] = self.opener(path)
+        return self._open[path]
 
     def discard(self, path: str) -> None:
         """Close one file; the next ``get`` opens it again."""
@@ -50,10 +53,12 @@ class HandleCache(Generic[Handle]):
             self.closer(self._open.pop(path))
 
     def close(self) -> None:
-        if self._pid == os.getpid():
-            for handle in self._open.values():
-                self.closer(handle)
+        mine = list(self._open.values()) if self._pid == os.getpid() else []
+        # One that does not close must not keep the others.
         self._open = OrderedDict()
+        with ExitStack() as stack:
+            for handle in mine:
+                stack.callback(self.closer, handle)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict(), "_pid": -1}

@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fmsuite.core.data.pipeline import WholeWindows, WindowDataset, collate
+from fmsuite.core.data.pipeline import WindowDataset, collate
 from fmsuite.core.data.sample import Batch, SampleKey, SkippedWindow
 from fmsuite.core.data.supports import Supports
 from fmsuite.core.seeding import derive, permuted
 from fmsuite.errors import FmsuiteError, UsageError
 
 Loaded = TypeVar("Loaded")
+Asked = TypeVar("Asked", contravariant=True)
 
 MAX_WORKERS = 16
 _DEATH_NOTICE_S = 5.0
@@ -108,14 +109,20 @@ def make_loader(
     )
 
 
+class Windows(Protocol[Asked]):
+    """What ``WholeWindows`` makes of a list of rows, made of whatever names the windows of a batch."""
+
+    def __getitem__(self, asked: Asked, /) -> tuple[Batch | None, list[SkippedWindow]]: ...
+
+
 def load_windows(
-    windows: WholeWindows, batches: Iterable[Sequence[int]], workers: int
+    windows: Windows[Asked], batches: Iterable[Asked], workers: int
 ) -> Generator[tuple[Batch | None, list[SkippedWindow]], None, None]:
     """The windows of one list of rows after another, read ahead in worker processes.
 
     Args:
-        windows: reads them.
-        batches: rows of the index, a list for each batch.
+        windows: reads them; a ``WholeWindows``, say.
+        batches: what to read for each batch: rows of the index. Asked for as workers become free.
         workers: processes that read ahead; 0 reads in this one.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fmsuite.core.data.adjust import Adjustment, stacked
 from fmsuite.core.data.crop import Box, cell_box, random_box
-from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.sample import (
     Array,
@@ -50,6 +51,8 @@ class SampleView:
         coords, spacing: as in ``ArraySample``.
         key: a 63-bit number that names this draw.
         bag: it is a bag of vectors.
+        adjust: as in ``ArraySample``.
+        maps: label maps that the request named, (*size) integers.
         box: (2, A) float32, as in ``View``; ``None`` for a bag.
     """
 
@@ -61,6 +64,8 @@ class SampleView:
     spacing: tuple[float, ...] | None = None
     key: int = 0
     bag: bool = False
+    adjust: Adjustment | None = None
+    maps: dict[str, Array] = field(default_factory=dict)
     box: Array | None = None
 
 
@@ -152,8 +157,8 @@ class ViewPipeline:
         """The views by request name.
 
         Raises:
-            ValueError: if the augmentation changes a view's size, or a mask sampler returns anything but (N,) or
-                (M, N) bool that leaves invalid tokens alone.
+            ValueError: if the augmentation changes a view's size, the reader did not give a map that a request names,
+                or a mask sampler returns anything but (N,) or (M, N) bool that leaves invalid tokens alone.
         """
         views: dict[str, list[SampleView]] = {}
         masked = 0
@@ -169,6 +174,8 @@ class ViewPipeline:
                     spacing=cut.spacing,
                     key=derive(self.seed, "key", *draw),
                     bag=not request.size,
+                    adjust=cut.adjust,
+                    maps={name: _label_map(cut, name, request) for name in request.maps},
                     box=box,
                 )
                 if request.mask is not None:
@@ -201,6 +208,8 @@ class ViewPipeline:
             raise ValueError(
                 f"the augmentation of view '{request.name}' changed its shape from {expected} to {cut.values.shape}"
             )
+        if cut.adjust is not None and not request.size:
+            raise ValueError(f"the augmentation of view '{request.name}' adjusts a bag of vectors, which has no pixels")
         return self._whole_patches(cut) if request.size and self.grid is not None else cut, box
 
     def _box(self, source: Sample, request: ViewRequest, number: int, draw: np.random.Generator) -> Box:
@@ -238,6 +247,16 @@ class ViewPipeline:
             else:
                 valid = self.grid.valid_tokens(torch.from_numpy(cut.valid)[None])[0].numpy()
         return MaskContext(axes, shape, valid, stream, key, view, self.masked_views, cut.maps)
+
+
+def _label_map(cut: ArraySample, name: str, request: ViewRequest) -> Array:
+    labels = cut.maps.get(name)
+    if labels is None:
+        known = ", ".join(cut.maps) or "none"
+        raise ValueError(f"view '{request.name}' asks for the label map '{name}', and the reader gave: {known}")
+    if labels.dtype.kind not in "biu":
+        raise ValueError(f"the label map '{name}' of view '{request.name}' is {labels.dtype}, not integers")
+    return labels
 
 
 def _checked_mask(request: ViewRequest, context: MaskContext) -> Array:
@@ -373,7 +392,11 @@ def _stack(views: Sequence[SampleView]) -> View:
         coords,
         spacing,
         torch.tensor([view.key for view in views], dtype=torch.int64),
-        None if first.box is None else torch.from_numpy(np.stack([view.box for view in views if view.box is not None])),
+        stacked([view.adjust for view in views]),
+        maps={name: _tensor([view.maps[name] for view in views], longest) for name in first.maps},
+        box=None
+        if first.box is None
+        else torch.from_numpy(np.stack([view.box for view in views if view.box is not None])),
     )
 
 
@@ -443,7 +466,10 @@ class WholeWindows(Dataset):
     def item(self, row: int) -> Item | SkippedWindow:
         """One window, or why it cannot be read. Any other exception is a bug and passes through, with the window in a
         note."""
-        window = self.index[row]
+        return self.item_of(self.index[row], row, self.index.label_code(row))
+
+    def item_of(self, window: Window, row: int, label: int = -1) -> Item | SkippedWindow:
+        """``item`` of a window that is row ``row`` of some index."""
         try:
             views = self.pipeline(self.reader.read(window), SampleKey(0, row))
         except ReadFailure as failure:
@@ -451,19 +477,23 @@ class WholeWindows(Dataset):
         except Exception as error:
             error.add_note(f"This happened in row {row} of the index: {window.source} at {window.position}.")
             raise
-        return Item(views, row, self.index.label_code(row))
+        return Item(views, row, label)
 
     def __getitem__(self, rows: Sequence[int]) -> tuple[Batch | None, list[SkippedWindow]]:
         """The windows of ``rows`` that can be read, in that order (``None`` if there are none), and the others."""
-        items: list[Item] = []
-        skipped: list[SkippedWindow] = []
-        for row in map(int, rows):
-            item = self.item(row)
-            if isinstance(item, Item):
-                items.append(item)
-            else:
-                skipped.append(item)
-        return (collate(items) if items else None), skipped
+        return joined(map(self.item, map(int, rows)))
+
+
+def joined(found: Iterable[Item | SkippedWindow]) -> tuple[Batch | None, list[SkippedWindow]]:
+    """A batch of what could be read, in order (``None`` if nothing could), and the others."""
+    items: list[Item] = []
+    skipped: list[SkippedWindow] = []
+    for item in found:
+        if isinstance(item, Item):
+            items.append(item)
+        else:
+            skipped.append(item)
+    return (collate(items) if items else None), skipped
 
 
 def plain_views(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fmsuite.core.data.adjust import Adjustment
 
 Array = np.ndarray
 
@@ -63,7 +67,8 @@ class ArraySample(Sample):
             each axis to (N,).
         spacing: physical length of one array sample along each axis, where it is known and varies between sources.
         maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
-            plugin's mask sampler may read them.
+            plugin's mask sampler may read them, and a view brings those that its request names.
+        adjust: what is still to be done to the values, on the device.
     """
 
     values: Array
@@ -71,6 +76,7 @@ class ArraySample(Sample):
     coords: dict[str, Array] = field(default_factory=dict)
     spacing: tuple[float, ...] | None = None
     maps: dict[str, Array] = field(default_factory=dict)
+    adjust: Adjustment | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -129,6 +135,7 @@ class ViewRequest:
         augment: strength, one of ``AUGMENT``; the domain decides what is valid for its images at that strength.
         second: this view is the second of an asymmetric pair (less blur, solarisation, where the domain has them).
         mask: draws the tokens to mask, or ``None``.
+        maps: names of the sample's label maps to bring along, as targets.
     """
 
     name: str
@@ -139,6 +146,7 @@ class ViewRequest:
     augment: str = "weak"
     second: bool = False
     mask: MaskSampler | None = None
+    maps: tuple[str, ...] = ()
     cells: tuple[int, ...] | None = None
     tiled: bool = False
 
@@ -185,7 +193,11 @@ class View:
         mask: (B, N) bool, tokens chosen by the request's mask sampler; (B, M, N) for a sampler of M patterns.
         coords: axis name to (B, length) for unevenly spaced axes; for bags, each axis to (B, N).
         spacing: (B, A) physical length of one array sample.
-        keys: (B,) int64, a number for each sample and draw, for randomness inside the network.
+        keys: (B,) int64, a number for each sample and draw, for randomness inside the network; they stay on the host.
+        adjust: parameters of what is still to be done to the raw pixels (``core.data.adjust``), (B, ...) each; they
+            stay on the host. ``None`` once it is done.
+        maps: the label maps that the request named, (B, *size) integers; 0 where a shorter sample is padded, which
+            ``valid`` tells.
         box: (B, 2, A) float32, where the view was cut from, before it was flipped or turned: start and extent along
             each axis as shares of the sample's length. ``None`` for bags.
     """
@@ -196,6 +208,8 @@ class View:
     coords: dict[str, Tensor] = field(default_factory=dict)
     spacing: Tensor | None = None
     keys: Tensor | None = None
+    adjust: dict[str, Tensor] | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
     box: Tensor | None = None
 
     def __len__(self) -> int:
@@ -214,11 +228,16 @@ class View:
             {axis: function(values) for axis, values in self.coords.items()},
             each(self.spacing),
             each(self.keys),
-            each(self.box),
+            None if self.adjust is None else {name: function(part) for name, part in self.adjust.items()},
+            maps={name: function(labels) for name, labels in self.maps.items()},
+            box=each(self.box),
         )
 
     def to(self, device: torch.device | str) -> View:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Everything on a device, except the keys and adjustments: what hangs on these is decided on the host, without
+        waiting for the device."""
+        moved = replace(self, keys=None, adjust=None).map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, keys=self.keys, adjust=self.adjust)
 
     def __getitem__(self, rows: slice | Tensor) -> View:
         return self.map(lambda tensor: tensor[rows])
@@ -243,6 +262,9 @@ class View:
             valid = torch.cat(
                 [v.valid if v.valid is not None else like.new_ones((len(v), *like.shape[1:])) for v in views]
             )
+        parts = first.adjust
+        if any((set(v.adjust) if v.adjust else None) != (set(parts) if parts else None) for v in views):
+            raise ValueError("views with different adjustments cannot be joined")
         return View(
             pixels,
             valid,
@@ -250,7 +272,9 @@ class View:
             {axis: torch.cat([v.coords[axis] for v in views]) for axis in first.coords},
             join([v.spacing for v in views]),
             join([v.keys for v in views]),
-            join([v.box for v in views]),
+            None if parts is None else {name: torch.cat([v.adjust[name] for v in views if v.adjust]) for name in parts},
+            maps={name: torch.cat([v.maps[name] for v in views]) for name in first.maps},
+            box=join([v.box for v in views]),
         )
 
 
@@ -301,7 +325,19 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Everything on a device, except what views keep on the host (see ``View.to``)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            {name: [view.to(device) for view in group] for name, group in self.views.items()},
+            move(self.indices),
+            move(self.labels),
+            self.skipped,
+            None if self.support is None else self.support.to(device),
+            None if self.pairs is None else move(self.pairs),
+        )
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from which copies to a GPU run beside its work. The loader calls this."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -21,6 +21,10 @@ class Skipped:
     path: str
     stage: str
     reason: str
+
+    @classmethod
+    def of(cls, failure: ReadFailure) -> Skipped:
+        return cls(failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip())
 
 
 class SkippedLog:
@@ -58,7 +62,7 @@ class SkippedLog:
         """
         if self.strict:
             raise FmsuiteError(f"{path}: {reason}", "(--strict makes a skipped source an error.)")
-        entry = Skipped(str(path), stage, " ".join(str(reason).split()))
+        entry = _plain(Skipped(path, stage, reason))
         if entry in self._seen:
             return
         self._seen[entry] = None
@@ -78,8 +82,15 @@ class SkippedLog:
 
     def forget(self, which: Callable[[Skipped], bool]) -> None:
         """Take out what is about to be tried again; the file is whole or as before."""
-        kept = [entry for entry in self.entries if not which(entry)]
-        if len(kept) == len(self.entries):
+        self._replace([entry for entry in self.entries if not which(entry)])
+
+    def put_first(self, entries: Sequence[Skipped]) -> None:
+        """Put lines that are there to the beginning, in the given order; the file is whole or as before."""
+        moved = {entry: None for entry in map(_plain, entries) if entry in self._seen}
+        self._replace([*moved, *(entry for entry in self.entries if entry not in moved)])
+
+    def _replace(self, kept: list[Skipped]) -> None:
+        if kept == self.entries:
             return
         self.entries, self._seen, self._torn = kept, dict.fromkeys(kept), False
         if self.path is None:
@@ -93,7 +104,7 @@ class SkippedLog:
         os.replace(partial, self.path)
 
     def add_failure(self, failure: ReadFailure) -> None:
-        self.add(failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip())
+        self.add(*astuple(Skipped.of(failure)))
 
     def summary(self) -> str:
         """One sentence: how many, at which stages, and where to look. Empty if none."""
@@ -103,3 +114,8 @@ class SkippedLog:
         counted = ", ".join(f"{count} at {stage}" for stage, count in stages.most_common())
         where = f" See {self.path}." if self.path is not None else ""
         return f"{len(self.entries)} skipped ({counted}).{where}"
+
+
+def _plain(entry: Skipped) -> Skipped:
+    """As it stands in the file: on one line."""
+    return Skipped(str(entry.path), entry.stage, " ".join(str(entry.reason).split()))

@@ -131,6 +131,19 @@ class Objective(nn.Module, ABC):
             UsageError: if the objective cannot be computed on so few.
         """
 
+    def target_count(self, batch: Batch) -> Tensor | None:
+        """How many targets the loss of a batch is the mean over, for objectives whose loss is one such mean: of
+        micro-batches those with more of them then count for more, as in the undivided batch. ``None``: all count the
+        same.
+
+        Args:
+            batch: this rank's, as the loader makes it, on the host.
+
+        Returns:
+            () of any dtype.
+        """
+        return None
+
     def pair_request(self) -> PairRequest | None:
         """What is paired with every sample, in ``Batch.pairs``; of objectives with ``needs_pairs``."""
         return None

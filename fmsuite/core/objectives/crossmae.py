@@ -15,7 +15,7 @@ from fmsuite.core.backbones.layers import key_mask_of, layer_norm
 from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, check_decoder, decoder_positions, init_linear
-from fmsuite.core.objectives.group_heads import group_heads, project
+from fmsuite.core.objectives.group_heads import group_heads, groups_of, project
 from fmsuite.core.objectives.mae import masked_mean_error, pixel_targets
 from fmsuite.core.objectives.single_view import VIEW, Visible, VisibleEncoder
 from fmsuite.core.seeding import uniform_from_keys
@@ -63,8 +63,8 @@ def draw_predicted(mask: Tensor, share: float, keys: Tensor | None = None) -> tu
     if keys is None:
         noise = torch.rand(mask.shape, device=mask.device)
     else:
-        places = torch.arange(mask.shape[1], device=mask.device)
-        noise = uniform_from_keys(keys[:, None] + places * _STRIDE, salt=0)
+        places = torch.arange(mask.shape[1], device=keys.device)
+        noise = uniform_from_keys(keys[:, None] + places * _STRIDE, salt=0).to(mask.device, non_blocking=True)
     masked = mask.sum(1)
     count = torch.minimum((masked * share).round().clamp(min=1).long(), masked)
     length = max(1, int(count.max()))
@@ -73,14 +73,14 @@ def draw_predicted(mask: Tensor, share: float, keys: Tensor | None = None) -> tu
 
 
 def mix(maps: Tensor, weights: Tensor) -> Tensor:
-    """What a decoder block reads: ``sum_k w_k f_k`` (Fu et al. 2024, section 3.4, "Inter-block attention").
+    """What decoder blocks read: ``sum_k w_jk f_k`` (Fu et al. 2024, section 3.4, "Inter-block attention").
 
     Args:
         maps: (K, B, S, D) feature maps f of K encoder depths.
-        weights: (K,).
+        weights: (J, K), for J blocks; or (K,) for one.
 
     Returns:
-        (B, S, D).
+        (J, B, S, D), or (B, S, D) for one.
     """
     return torch.tensordot(weights.to(maps.dtype), maps, dims=1)
 
@@ -209,12 +209,15 @@ class CrossMAE(VisibleEncoder):
         positions = decoder_positions(layout, self.config).expand(len(ids), -1, -1)
         tokens = self.mask_token + take(positions, ids).to(self.mask_token.dtype)
         key_mask = key_mask_of(visible.features.layout.valid, maps.shape[2] - visible.ids.shape[1])
-        for number, block in enumerate(self.decoder_blocks):
-            read = maps[0]
-            if self.mixing is not None:
-                read = self.context_norms[number](mix(maps, self.mixing[number]))
+        if self.mixing is None:
+            reads = [maps[0]] * len(self.decoder_blocks)
+        else:
+            # All mixtures in one product: one by one, each would go through all maps again, and so would its gradient.
+            mixed = mix(maps, self.mixing)
+            reads = [norm(each) for norm, each in zip(self.context_norms, mixed, strict=True)]
+        for block, read in zip(self.decoder_blocks, reads, strict=True):
             tokens = block(tokens, read, key_mask=key_mask)
-        groups = ids // (layout.num_tokens // len(self.grid.groups))
+        groups = groups_of(self.decoder_pred, ids, layout.num_tokens)
         return project(self.decoder_pred, self.decoder_norm(tokens), groups)
 
     def reconstruction_loss(self, view: View, prediction: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
@@ -225,5 +228,5 @@ class CrossMAE(VisibleEncoder):
             prediction: (B, Q, P).
             ids, chosen: see ``draw_predicted``.
         """
-        target, weight = pixel_targets(self.grid, view, self.config.norm_pix)
-        return masked_mean_error(prediction, take(target, ids), take(weight, ids), chosen)
+        target, weight = pixel_targets(self.grid, view, self.config.norm_pix, ids)
+        return masked_mean_error(prediction, target, weight, chosen)

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fmsuite.core.backbones.base import Backbone, Features
+from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.layers import Block, key_mask_of, layer_norm
 from fmsuite.core.backbones.positions import sincos_positions
 from fmsuite.core.data.sample import View
 from fmsuite.core.objectives.base import check_heads
-from fmsuite.core.objectives.group_heads import group_heads, project
-from fmsuite.core.objectives.single_view import MaskedView, MaskedViewConfig, VisibleEncoder
+from fmsuite.core.objectives.group_heads import group_heads, groups_of, project
+from fmsuite.core.objectives.single_view import MaskedView, MaskedViewConfig, Visible, VisibleEncoder
 from fmsuite.core.tokens import TokenLayout
 
 
@@ -104,29 +104,35 @@ class MaskDecoder(VisibleEncoder):
             (B, N, P) predictions for every token and the (B, N) bool mask without invalid tokens.
         """
         visible = self.encode(view)
-        return self.decode(visible.features, visible.ids, visible.keep_valid, visible.layout), visible.mask
+        return self.decode(visible), visible.mask
 
-    def decode(self, features: Features, ids: Tensor, keep_valid: Tensor | None, layout: TokenLayout) -> Tensor:
+    def decode(self, visible: Visible, wanted: Tensor | None = None) -> Tensor:
         """(B, N, P) predictions from the features of the visible tokens.
 
         Args:
-            features, ids, keep_valid: (B, K, ...) of the visible tokens (see ``keep_ids``).
-            layout: of all N tokens.
+            visible: what the encoder made of them.
+            wanted: (B, M) int64, the only tokens to predict, (B, M, P): the last block's queries and MLP, the norm and
+                the heads are then computed for these alone.
         """
-        return project(self.decoder_pred, self.decode_tokens(features, ids, keep_valid, layout))
+        tokens = self.decode_tokens(visible, wanted)
+        groups = None if wanted is None else groups_of(self.decoder_pred, wanted, visible.layout.num_tokens)
+        return project(self.decoder_pred, tokens, groups)
 
-    def decode_tokens(self, features: Features, ids: Tensor, keep_valid: Tensor | None, layout: TokenLayout) -> Tensor:
-        """(B, N, decoder_width) tokens before the prediction heads, for objectives with several kinds of head."""
-        tokens, key_mask = self.place_tokens(features, ids, keep_valid, layout)
-        for block in self.decoder_blocks:
+    def decode_tokens(self, visible: Visible, wanted: Tensor | None = None) -> Tensor:
+        """(B, N or M, decoder_width) tokens before the prediction heads; see ``decode``."""
+        tokens, key_mask = self.place_tokens(visible)
+        prefix = int(visible.features.cls is not None)
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             tokens = block(tokens, key_mask=key_mask)
-        return self.decoder_norm(tokens)[:, int(features.cls is not None) :]
+        if wanted is not None:
+            return self.decoder_norm(last(tokens, key_mask=key_mask, queries=wanted + prefix))
+        return self.decoder_norm(last(tokens, key_mask=key_mask))[:, prefix:]
 
-    def place_tokens(
-        self, features: Features, ids: Tensor, keep_valid: Tensor | None, layout: TokenLayout
-    ) -> tuple[Tensor, Tensor | None]:
+    def place_tokens(self, visible: Visible) -> tuple[Tensor, Tensor | None]:
         """What goes into the decoder's first block: (B, S, decoder_width), the class token first if there is one, then
         all N tokens in the order of the layout; and which of them attention may read, see ``key_mask_of``."""
+        features, ids, keep_valid, layout = visible.features, visible.ids, visible.keep_valid, visible.layout
         shown = self.decoder_embed(features.patches)
         hidden = self.mask_token.to(shown.dtype)
         if keep_valid is not None:

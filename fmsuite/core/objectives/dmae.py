@@ -105,10 +105,10 @@ class DMAE(MAE):
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
         visible = self.encode(view, layers=(self.student_layer,), norm_layers=False)
-        features, ids, keep_valid = visible.features, visible.ids, visible.keep_valid
-        taught = self.teacher(view, keep=ids, keep_valid=keep_valid)
-        pixels = self.reconstruction_loss(view, self.decode(features, ids, keep_valid, visible.layout), visible.mask)
-        distance = self.feature_loss(features.intermediate[0], taught.intermediate[0], taught.layout.valid)
+        taught = self.teacher(view, keep=visible.ids, keep_valid=visible.keep_valid)
+        pixels = self.decoder_loss(view, visible)
+        shown = visible.features.intermediate[0]
+        distance = self.feature_loss(shown, taught.intermediate[0], taught.layout.valid)
         loss = pixels + self.config.feature_weight * distance
         return {"loss": loss, "pixels": pixels, "features": distance}
 

@@ -20,6 +20,11 @@ def group_heads(width: int, outputs: Sequence[int]) -> nn.Linear | nn.ModuleList
     return heads[0] if len(heads) == 1 else nn.ModuleList(heads)
 
 
+def groups_of(heads: nn.Linear | nn.ModuleList, ids: Tensor, tokens: int) -> Tensor:
+    """(B, M) int64 group of each of some tokens of a layout of so many ``tokens``, by their numbers."""
+    return ids // (tokens // (1 if isinstance(heads, nn.Linear) else len(heads)))
+
+
 def project(heads: nn.Linear | nn.ModuleList, tokens: Tensor, groups: Tensor | None = None) -> Tensor:
     """Every token through the head of its group.
 

@@ -16,8 +16,8 @@ from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, MaskDecoder, init_linear
 from fmsuite.core.objectives.mae import EPSILON, masked_mean_error, patch_targets
-from fmsuite.core.objectives.single_view import VIEW
-from fmsuite.core.tokens import PatchGrid, TokenLayout
+from fmsuite.core.objectives.single_view import VIEW, Visible, masked_ids
+from fmsuite.core.tokens import PatchGrid, take
 from fmsuite.errors import UsageError
 
 
@@ -66,11 +66,11 @@ class ReadingBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def normalised_patches(grid: PatchGrid, view: View) -> tuple[Tensor, Tensor]:
+def normalised_patches(grid: PatchGrid, view: View, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, N, P) float32 ``(x - mean) / sqrt(var + 1e-6)`` of each patch's valid values with the biased variance, as in
     a layer norm, where MAE takes the unbiased one; and their weight, see ``patch_targets``."""
     with torch.autocast(view.pixels.device.type, enabled=False):
-        values, weight, mean, _ = patch_targets(grid, view)
+        values, weight, mean, _ = patch_targets(grid, view, ids)
         deviation = weight * (values - mean)
         variance = (deviation**2).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1)
         return deviation * (variance + EPSILON).rsqrt(), weight
@@ -120,12 +120,13 @@ class HiEndMAE(MaskDecoder):
 
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
-        prediction, mask = self.predict(view)
-        return {"loss": self.reconstruction_loss(view, prediction, mask)}
+        visible = self.encode(view, self.read_layers, norm_layers=False)
+        ids, counted = masked_ids(visible.mask)
+        return {"loss": self.reconstruction_loss(view, self.decode(visible, ids), counted, ids)}
 
     def predict(self, view: View) -> tuple[Tensor, Tensor]:
         visible = self.encode(view, self.read_layers, norm_layers=False)
-        return self.decode(visible.features, visible.ids, visible.keep_valid, visible.layout), visible.mask
+        return self.decode(visible), visible.mask
 
     def contexts(self, features: Features) -> list[Tensor]:
         """What each reading block reads: (B, P + K, decoder_width), class token and registers first."""
@@ -133,20 +134,22 @@ class HiEndMAE(MaskDecoder):
         wholes = [torch.cat([prefix, patches], dim=1) for prefix, patches in layers]
         return [embed(whole) for embed, whole in zip(self.reading_embeds, wholes, strict=True)]
 
-    def decode_tokens(self, features: Features, ids: Tensor, keep_valid: Tensor | None, layout: TokenLayout) -> Tensor:
-        tokens, key_mask = self.place_tokens(features, ids, keep_valid, layout)
+    def decode_tokens(self, visible: Visible, wanted: Tensor | None = None) -> Tensor:
+        tokens, key_mask = self.place_tokens(visible)
         for block in self.decoder_blocks:
             tokens = block(tokens, key_mask=key_mask)
+        features = visible.features
         contexts = self.contexts(features)
-        context_mask = key_mask_of(features.layout.valid, contexts[0].shape[1] - ids.shape[1])
+        context_mask = key_mask_of(features.layout.valid, contexts[0].shape[1] - visible.ids.shape[1])
         for block, context in zip(self.reading_blocks, contexts, strict=True):
             tokens = block(tokens, context, key_mask, context_mask)
-        return self.decoder_norm(tokens)[:, int(features.cls is not None) :]
+        tokens = tokens[:, int(features.cls is not None) :]
+        return self.decoder_norm(tokens if wanted is None else take(tokens, wanted))
 
-    def reconstruction_loss(self, view: View, prediction: Tensor, mask: Tensor) -> Tensor:
+    def reconstruction_loss(self, view: View, prediction: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
         """The equation in the class's docstring, over the masked tokens of all ranks; see ``MAE``."""
         if self.config.norm_pix:
-            target, weight = normalised_patches(self.grid, view)
+            target, weight = normalised_patches(self.grid, view, ids)
         else:
-            target, weight, _, _ = patch_targets(self.grid, view)
+            target, weight, _, _ = patch_targets(self.grid, view, ids)
         return masked_mean_error(prediction, target, weight, mask)

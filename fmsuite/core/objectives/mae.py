@@ -13,8 +13,8 @@ from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.distributed import mean_over
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, MaskDecoder
-from fmsuite.core.objectives.single_view import VIEW
-from fmsuite.core.tokens import PatchGrid
+from fmsuite.core.objectives.single_view import VIEW, Visible, masked_ids
+from fmsuite.core.tokens import PatchGrid, take
 
 EPSILON = 1e-6
 
@@ -31,12 +31,13 @@ class MAEConfig(DecoderConfig):
     norm_pix: bool = True
 
 
-def patch_targets(grid: PatchGrid, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def patch_targets(grid: PatchGrid, view: View, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What masked patches are compared with, over their valid values only (He et al. 2021, section 3).
 
     Args:
         grid: cuts the view into N patches of up to P values.
         view: normalised pixels.
+        ids: (B, M) int64, the only patches that are wanted; N is then M.
 
     Returns:
         values: (B, N, P) float32, zero where not counted.
@@ -49,6 +50,8 @@ def patch_targets(grid: PatchGrid, view: View) -> tuple[Tensor, Tensor, Tensor, 
     if view.valid is not None:
         full = view.valid.expand(-1, view.pixels.shape[1], *view.pixels.shape[2:])
         counted = counted & (grid.patchify(full.to(torch.float32)) > 0)
+    if ids is not None:
+        pixels, counted = take(pixels, ids), take(counted, ids)
     pixels = torch.where(counted, pixels, 0.0)
     weight = counted.to(torch.float32)
     number = weight.sum(-1, keepdim=True)
@@ -77,16 +80,16 @@ def masked_mean_error(prediction: Tensor, target: Tensor, weight: Tensor, mask: 
         return mean_over(error, mask)
 
 
-def pixel_targets(grid: PatchGrid, view: View, norm_pix: bool) -> tuple[Tensor, Tensor]:
+def pixel_targets(grid: PatchGrid, view: View, norm_pix: bool, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, N, P) float32 targets, with ``norm_pix`` ``(x - mean) / spread``, and their weight; see ``patch_targets``."""
     with torch.autocast(view.pixels.device.type, enabled=False):
-        target, weight, mean, spread = patch_targets(grid, view)
+        target, weight, mean, spread = patch_targets(grid, view, ids)
         return (target - mean) / spread if norm_pix else target, weight
 
 
 @register
 class MAE(MaskDecoder):
-    """Encode the visible tokens, decode all of them, compare masked patches with their pixels.
+    """Encode the visible tokens, decode the masked ones, compare them with their pixels.
 
     For masked tokens M with pixels x_i (valid values V_i) and predictions y_i,
     ``loss = mean_{i in M} mean_{v in V_i} (y_iv - t_iv)^2``, where t = x, or with ``norm_pix``
@@ -110,20 +113,29 @@ class MAE(MaskDecoder):
     )
     config: MAEConfig
 
+    def target_count(self, batch: Batch) -> Tensor:
+        """The masked tokens."""
+        return self.masked(batch.views[VIEW][0])[0].sum()
+
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
-        prediction, mask = self.predict(view)
-        return {"loss": self.reconstruction_loss(view, prediction, mask)}
+        return {"loss": self.decoder_loss(view, self.encode(view))}
 
-    def reconstruction_loss(self, view: View, prediction: Tensor, mask: Tensor) -> Tensor:
+    def decoder_loss(self, view: View, visible: Visible) -> Tensor:
+        """The loss of what is decoded at the masked tokens, and at no others."""
+        ids, counted = masked_ids(visible.mask)
+        return self.reconstruction_loss(view, self.decode(visible, ids), counted, ids)
+
+    def reconstruction_loss(self, view: View, prediction: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
         """The equation in the class's docstring, over the masked tokens of all ranks.
 
         Args:
             view: normalised pixels.
             prediction: (B, N, P).
             mask: (B, N) bool.
+            ids: (B, N) int64, which tokens these are; ``None`` means all of the view's.
         """
-        target, weight = pixel_targets(self.grid, view, self.config.norm_pix)
+        target, weight = pixel_targets(self.grid, view, self.config.norm_pix, ids)
         return masked_mean_error(prediction, target, weight, mask)
 
     @torch.no_grad()

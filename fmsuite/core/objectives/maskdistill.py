@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -21,7 +21,7 @@ from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, reg
 from fmsuite.core.objectives.feature_targets import TargetNorm, feature_targets, negative_cosine, smooth_l1
 from fmsuite.core.objectives.frozen import TEACHERS, FrozenTeacher
 from fmsuite.core.objectives.masks import Masking
-from fmsuite.core.objectives.single_view import VIEW, MaskedView, MaskedViewConfig
+from fmsuite.core.objectives.single_view import VIEW, MaskedView, MaskedViewConfig, masked_ids
 from fmsuite.core.tokens import take
 from fmsuite.errors import UsageError
 
@@ -73,9 +73,9 @@ class DynamicAlignment(nn.Module):
         self.mix = nn.Parameter(mix)
         self.heads = nn.ModuleList(nn.Linear(width, taught_width) for _ in range(layers))
 
-    def forward(self, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """L tensors (B, N, D) to K predictions (B, N, D')."""
-        mixed = torch.einsum("kl,lbnd->kbnd", self.mix.to(layers[0].dtype), torch.stack(layers))
+        mixed = torch.einsum("kl,lbnd->kbnd", self.mix.to(layers[0].dtype), torch.stack(list(layers)))
         return tuple(head(each) for head, each in zip(self.heads, mixed, strict=True))
 
 
@@ -132,13 +132,16 @@ class MaskDistill(MaskedView):
         if self.config.align:
             student = partial(self.backbone, layers=range(self.backbone.depth), norm_layers=False)
         if self.config.predict == "masked":
-            features, counted = student(view, mask=mask), mask
+            features = student(view, mask=mask)
+            ids, counted = masked_ids(mask)
+            read = [take(each, ids) for each in (features.intermediate if self.config.align else (features.patches,))]
         else:
             ids, keep_valid = keep_ids(mask, layout.valid)
             features = student(view, keep=ids, keep_valid=keep_valid)
-            targets = [take(target, ids) for target in targets]
             counted = torch.ones_like(ids, dtype=torch.bool) if keep_valid is None else keep_valid
-        predictions = self.head(features.intermediate) if self.config.align else (self.head(features.patches),)
+            read = list(features.intermediate if self.config.align else (features.patches,))
+        targets = [take(target, ids) for target in targets]
+        predictions = self.head(read) if self.config.align else (self.head(read[0]),)
         pairs = zip(predictions, targets, strict=True)
         return {"loss": torch.stack([self.distance(p, t, counted) for p, t in pairs]).mean()}
 

@@ -18,6 +18,7 @@ from fmsuite.core.objectives.hog import BINS, CELL, centre_planes, hog, hog_toke
 from fmsuite.core.objectives.mae import masked_mean_error
 from fmsuite.core.objectives.masks import Masking
 from fmsuite.core.objectives.single_view import VIEW, MaskedViewConfig, MaskTokenEncoder
+from fmsuite.core.tokens import take
 from fmsuite.errors import UsageError
 
 
@@ -89,9 +90,9 @@ class MaskFeat(MaskTokenEncoder):
 
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
-        prediction, mask = self.predict(view)
-        target, weight = self.targets(view)
-        return {"loss": masked_mean_error(prediction, target, weight, mask & (weight > 0).any(-1))}
+        prediction, ids, counted = self.predict_masked(view)
+        target, weight = (take(values, ids) for values in self.targets(view))
+        return {"loss": masked_mean_error(prediction, target, weight, counted & (weight > 0).any(-1))}
 
     @torch.no_grad()
     def targets(self, view: View) -> tuple[Tensor, Tensor]:

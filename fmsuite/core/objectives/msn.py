@@ -255,10 +255,13 @@ class MSN(MultiCrop, MomentumTeacher):
             if view.mask is None:
                 raise ValueError("the student's global crop has no mask")
             keep, keep_valid = keep_ids(view.mask, self.backbone.layout(view).valid)
-        groups = [self.pool(self.backbone(view, keep=keep, keep_valid=keep_valid), 1)]
+        bundles, counts = [view], [1]
         if locals_ := self.local_views(batch):
-            groups.append(self.pool(self.backbone(View.cat(locals_)), len(locals_)))
-        return groups
+            bundles.append(View.cat(locals_))
+            counts.append(len(locals_))
+        rest = [None] * (len(bundles) - 1)
+        features = self.backbone.forward_crops(bundles, None, [keep, *rest], [keep_valid, *rest])
+        return [self.pool(each, count) for each, count in zip(features, counts, strict=True)]
 
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -146,9 +146,15 @@ class SimMIM(MaskTokenEncoder):
             ) from error
         return CoarseMasking(RatioMasking(config.mask_ratio, pattern), factors)
 
+    def target_count(self, batch: Batch) -> Tensor:
+        """The values of the masked patches."""
+        view = batch.views[VIEW][0]
+        _, weight, _, _ = patch_targets(self.grid, view)
+        return (weight * self.masked(view)[0][..., None]).sum()
+
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]
-        prediction, mask = self.predict(view)
+        prediction, ids, counted = self.predict_masked(view)
         with torch.autocast(prediction.device.type, enabled=False):
-            target, weight, _, _ = patch_targets(self.grid, view)
-            return {"loss": masked_l1_loss(prediction, target, weight, mask)}
+            target, weight, _, _ = patch_targets(self.grid, view, ids)
+            return {"loss": masked_l1_loss(prediction, target, weight, counted)}

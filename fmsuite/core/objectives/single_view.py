@@ -13,9 +13,9 @@ from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.data.sample import MaskSampler, View, ViewRequest
 from fmsuite.core.masking import keep_ids
 from fmsuite.core.objectives.base import AspectRange, Objective, ObjectiveConfig, Share, crop_size
-from fmsuite.core.objectives.group_heads import project
+from fmsuite.core.objectives.group_heads import groups_of, project
 from fmsuite.core.objectives.masks import MaskOptions, attend, ratio_sampler
-from fmsuite.core.tokens import PatchGrid, TokenLayout
+from fmsuite.core.tokens import PatchGrid, TokenLayout, take
 
 VIEW = "image"
 
@@ -118,6 +118,21 @@ class MaskedView(SingleView):
         return mask if layout.valid is None else mask & layout.valid, layout
 
 
+def masked_ids(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The masked tokens of a batch, for heads that predict nothing else.
+
+    Args:
+        mask: (B, N) bool.
+
+    Returns:
+        ids: (B, M) int64 in rising order, M the largest number of a sample and at least 1. Shorter rows are filled with
+            other tokens' numbers; no number appears twice in a row.
+        counted: (B, M) bool, False at the filling.
+    """
+    ids, counted = keep_ids(~mask)
+    return ids, torch.ones_like(ids, dtype=torch.bool) if counted is None else counted
+
+
 class MaskTokenEncoder(MaskedView):
     """Base of the objectives whose encoder sees mask tokens in the place of hidden ones.
 
@@ -142,6 +157,19 @@ class MaskTokenEncoder(MaskedView):
         """
         mask, _ = self.masked(view, taught)
         return project(self.head, self.backbone(view, mask=mask).patches), mask
+
+    def predict_masked(self, view: View, taught: Features | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            view, taught: see ``masked``.
+
+        Returns:
+            (B, M, P) predictions for the masked tokens alone, and which those are; see ``masked_ids``.
+        """
+        mask, layout = self.masked(view, taught)
+        ids, counted = masked_ids(mask)
+        tokens = take(self.backbone(view, mask=mask).patches, ids)
+        return project(self.head, tokens, groups_of(self.head, ids, layout.num_tokens)), ids, counted
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fmsuite.core.data.adjust import adjusted
 from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.tokens import PatchGrid
 from fmsuite.errors import UsageError
@@ -36,7 +37,7 @@ def draw_views(
     plane (three orthogonal slices, a row of dates), the projection stands in a panel of its own to its right.
 
     Args:
-        batch: raw pixels, as the loader yields them, on any device.
+        batch: raw pixels, as the loader yields them, on any device; they are adjusted here, as training does it.
         grid: how the pixels are cut into tokens; ``None`` where they are not, which draws no masks.
         to_rgb: a picture of one view, (C, *size) raw values to (H, W, 3) uint8. Invalid values are set to their
             channel's mean first, so that nodata does not decide how the picture is stretched.
@@ -47,6 +48,7 @@ def draw_views(
         UsageError: if the batch has no views, or ``samples`` is below 1.
         ValueError: if ``to_rgb`` returns anything but (H, W, 3) uint8.
     """
+    batch = batch.map_views(adjusted)
     columns = [
         column
         for name, group in batch.views.items()

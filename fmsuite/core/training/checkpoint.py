@@ -1,25 +1,31 @@
-"""Checkpoints: written whole or not at all, the last few kept, and resumed from only by the run that wrote them."""
+"""Checkpoints: folders that appear whole or not at all, and that only the run which wrote them is resumed from."""
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fmsuite.core.config import RunConfig
+from fmsuite.core.distributed import active, is_main, on_main
+from fmsuite.core.training.checkpoint_files import DESCRIPTION, Reader, Stored, read_stored
 from fmsuite.errors import FmsuiteError, UsageError
 
 logger = logging.getLogger("fmsuite")
 
-FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})\.pt")
+FORMAT_VERSION = 2
+"""1 was one ``.pt`` file."""
+_NAME = re.compile(r"step-(\d{8,})")
 
 NAME = "objective.name"
 FREE_KEYS = (
@@ -30,6 +36,7 @@ FREE_KEYS = (
     "training.device",
     "training.precision",
     "training.compile",
+    "training.strategy",
     "training.activation_checkpointing",
     "training.workers",
     "training.checkpoint_every",
@@ -50,117 +57,67 @@ class Plan:
     steps_per_epoch: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
-    """A run after ``step`` optimiser steps. There is no random state in it: all randomness is a function of the seed
-    and the step.
+    """What a checkpoint says beside its tensors. There is no random state in it: all randomness is a function of the
+    seed and the step.
 
     Attributes:
+        step: optimiser steps taken.
         config: the resolved configuration as plain values.
-        objective: state of the objective: student, teacher, heads, centres.
-        optimizer: state of the optimiser.
+        plan: the frame of its schedules.
     """
 
     step: int
     config: dict[str, Any]
     plan: Plan
-    objective: dict[str, Any]
-    optimizer: dict[str, Any]
 
+    def to_json(self) -> str:
+        """The text of ``checkpoint.json``."""
+        plan = {"total_steps": self.plan.total_steps, "steps_per_epoch": self.plan.steps_per_epoch}
+        return json.dumps({"format": FORMAT_VERSION, "step": self.step, **plan, "config": self.config}, indent=1) + "\n"
 
-class _WriteRecorder:
-    """Passes writes on and remembers why one failed, which ``torch.save`` reports as an unspecific RuntimeError."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
+    @classmethod
+    def from_json(cls, text: str) -> Checkpoint:
+        """
+        Raises:
+            ValueError: if it is no such text.
+            FmsuiteError: if a newer version wrote it.
+        """
         try:
-            return self.file.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
+            raw = json.loads(text)
+            if raw["format"] > FORMAT_VERSION:
+                raise FmsuiteError("The checkpoint is of a newer fmsuite.", "Upgrade fmsuite to resume from it.")
+            plan = Plan(int(raw["total_steps"]), int(raw["steps_per_epoch"]))
+            return cls(int(raw["step"]), dict(raw["config"]), plan)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{DESCRIPTION} is incomplete ({error})") from error
 
-    def flush(self) -> None:
-        self.file.flush()
+
+@dataclass
+class Loaded:
+    """A checkpoint with its tensors, by the names of ``state.py``."""
+
+    checkpoint: Checkpoint
+    state: dict[str, Tensor]
+
+
+Targets = Callable[[Checkpoint, Mapping[str, Stored]], dict[str, Tensor]]
+"""Given what a checkpoint holds, the tensors to read it into: whole ones, or ``DTensor`` for this rank's part only."""
+
+
+class Damaged(FmsuiteError):
+    """A checkpoint that cannot be read."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.pt"
+    return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, newest first; temporary files do not count."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
+    """Checkpoints in a folder, newest first; what is still being written does not count."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint next to the others, then remove all but the newest ``keep``.
-
-    The file appears under its name only when all of it is on the disk, and older ones are removed only after that.
-    It opens with ``torch.load(path, weights_only=True)``.
-
-    Raises:
-        FmsuiteError: if it cannot be written (a full disk, say); older checkpoints are untouched then.
-    """
-    target = checkpoint_path(folder, checkpoint.step)
-    partial = folder / f".{target.name}.partial"
-    content = {
-        "format": FORMAT_VERSION,
-        "step": checkpoint.step,
-        "config": checkpoint.config,
-        "total_steps": checkpoint.plan.total_steps,
-        "steps_per_epoch": checkpoint.plan.steps_per_epoch,
-        "objective": checkpoint.objective,
-        "optimizer": checkpoint.optimizer,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_synced(partial, content)
-        os.replace(partial, target)
-        _sync_folder(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _write_error(folder, target, error) from error
-    for old in list_checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
-    return target
-
-
-def _write_synced(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        recorder = _WriteRecorder(file)
-        try:
-            torch.save(content, recorder)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            if recorder.failure is None:
-                raise
-            raise recorder.failure from error
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name itself durable, where the system can (a folder cannot be opened on Windows)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_error(folder: Path, target: Path, error: OSError) -> FmsuiteError:
-    kept = list_checkpoints(folder)
-    if kept:
-        way_out = f"{kept[0].name} is intact: free some space and run again with --resume to continue from step "
-        way_out += f"{step_of(kept[0])}."
-    else:
-        way_out = "No earlier checkpoint exists: free some space and start again."
-    return FmsuiteError(f"{target}: the checkpoint could not be written ({error.strerror or error}).", way_out)
 
 
 def step_of(path: Path) -> int:
@@ -171,45 +128,82 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint onto the CPU.
+def whole_tensors(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Targets on the CPU, for whoever wants all of a checkpoint in one process."""
+    return {name: torch.empty(each.shape, dtype=each.dtype) for name, each in stored.items()}
+
+
+def load_checkpoint(path: Path, targets: Targets = whole_tensors) -> Loaded:
+    """Read one checkpoint, on all ranks together: each reads what its targets need, however many ranks wrote it.
+
+    Files are trusted with nothing: tensors are read as such, the rest is JSON, and the table that says where tensors
+    are (a pickle, by PyTorch's design) is read by an unpickler that knows the types of such a table and nothing else.
 
     Raises:
-        FmsuiteError: if it is damaged, is no checkpoint, or was written by a newer version.
+        Damaged: on every rank, if it cannot be read on any.
+        FmsuiteError: if a newer version wrote it.
     """
+
+    def read_tables() -> tuple[Checkpoint, Any]:
+        try:
+            return Checkpoint.from_json((path / DESCRIPTION).read_text(encoding="utf-8")), read_stored(path)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+    checkpoint, metadata = on_main(read_tables)
+    state = targets(checkpoint, {name: Stored.of(entry) for name, entry in metadata.state_dict_metadata.items()})
+    # That there is no process group is known.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FmsuiteError(f"{path}: not a readable checkpoint ({reason}).") from error
-    if not isinstance(raw, dict) or "format" not in raw:
-        raise FmsuiteError(f"{path}: not a checkpoint of a training run.")
-    if raw["format"] > FORMAT_VERSION:
-        raise FmsuiteError(f"{path}: written by a newer fmsuite.", "Upgrade fmsuite to resume from it.")
-    plan = Plan(raw["total_steps"], raw["steps_per_epoch"])
-    return Checkpoint(raw["step"], raw["config"], plan, raw["objective"], raw["optimizer"])
+        dcp.load(
+            state,
+            storage_reader=Reader(path, metadata),
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=not active(),
+        )
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise _damaged(path, cause) from error
+    return Loaded(checkpoint, state)
 
 
-def find_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; ``None`` if there are none at all.
+def _damaged(path: Path, error: BaseException) -> Damaged:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return Damaged(f"{path}: not a readable checkpoint ({reason}).")
+
+
+def find_latest(folder: Path, targets: Targets = whole_tensors) -> Loaded | None:
+    """The newest checkpoint that can be read, on all ranks together; ``None`` if there are none at all.
 
     One that cannot be read is named in a warning, and the one before it is taken.
 
     Raises:
-        FmsuiteError: if there are checkpoints and none can be read: starting over in silence would hide that.
+        FmsuiteError: if there are checkpoints and none can be read (starting over in silence would hide that), or only
+            those of an earlier version.
     """
-    paths = list_checkpoints(folder)
+    paths = on_main(lambda: _present(folder))
     for path in paths:
         try:
-            return load_checkpoint(path)
-        except FmsuiteError as error:
-            logger.warning("%s Trying the one before it.", error)
+            return load_checkpoint(path, targets)
+        except Damaged as error:
+            if is_main():
+                logger.warning("%s Trying the one before it.", error)
     if paths:
         raise FmsuiteError(
             f"{folder}: none of the {len(paths)} checkpoints can be read.",
             "Restore one from a backup, or start again in another folder.",
         )
     return None
+
+
+def _present(folder: Path) -> list[Path]:
+    paths = list_checkpoints(folder)
+    if not paths and (old := sorted(folder.glob("step-*.pt"))):
+        raise FmsuiteError(
+            f"{old[-1]}: a checkpoint in the format of an earlier fmsuite (one file), which this one does not read.",
+            "Finish the run with the fmsuite that began it, or start a new one in another folder.",
+        )
+    return paths
 
 
 def check_same_run(checkpoint: Checkpoint, config: RunConfig, plan: Plan) -> None:

@@ -78,12 +78,17 @@ class TrainingConfig(Section):
     Attributes:
         steps, epochs: length of the run; exactly one of them. ``steps`` are optimiser steps.
         batch_size: samples in one optimiser step over all ranks and micro-batches.
-        accumulate: micro-batches in one step; each counts the same, also where they have unlike numbers of targets,
-            and statistics of a batch (Sinkhorn, KoLeo) are a micro-batch's.
+        accumulate: micro-batches in one step, whose result is the whole batch's where samples do not know each other;
+            statistics of a batch (negatives, Sinkhorn, KoLeo, batch normalisation) are a micro-batch's.
         split: train on the windows of this split and on those without one; the others are held out, and the monitor
             looks at them. ``null`` trains on all.
+        strategy: how processes share the model: each holds all of it (``ddp``) or a part (``fsdp2``); ``auto`` is ddp
+            unless the training state would take more than half of a GPU (``choose_strategy``).
         precision: ``auto`` is bf16 where the device computes it natively, float32 elsewhere.
         compile: ``torch.compile`` the backbone's blocks.
+        compile_mode: as of ``torch.compile``, on GPUs. ``reduce-overhead`` and ``max-autotune`` replay CUDA graphs,
+            which pays where a GPU waits for the host (small models, small batches); they want DDP and no drop-path,
+            with which lengths differ from step to step. The ``max-autotune`` modes first try out kernels, for minutes.
         activation_checkpointing: recompute blocks in the backward pass.
         workers: loader processes a rank; -1 chooses from the cores.
         checkpoint_every, keep_checkpoints: optimiser steps between checkpoints, and how many of them stay.
@@ -97,8 +102,10 @@ class TrainingConfig(Section):
     accumulate: int = Field(default=1, ge=1)
     split: str | None = "train"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["auto", "float32", "bf16"] = "auto"
     compile: bool = False
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     activation_checkpointing: bool = False
     workers: int = Field(default=-1, ge=-1)
     checkpoint_every: int = Field(default=1000, ge=1)
@@ -110,6 +117,8 @@ class TrainingConfig(Section):
     def _one_length(self) -> TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of training.steps and training.epochs")
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError("training.compile_mode has no effect without training.compile=true")
         return self
 
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.config import RunConfig
+from fmsuite.core.data.prefetch import on_device
 from fmsuite.core.data.sample import Batch, SkippedWindow, View
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.distributed import (
-    active,
     all_mean,
     all_sum,
-    from_main,
     gather_objects,
     is_main,
+    peers_named,
     process_group,
     rank,
     world_size,
@@ -32,6 +30,8 @@ from fmsuite.core.distributed import (
 from fmsuite.core.inputs import InputSpec, Normalize
 from fmsuite.core.objectives.base import Objective, StepContext
 from fmsuite.core.seeding import derive
+from fmsuite.core.training.accumulation import batch_statistics, shares, split_batch
+from fmsuite.core.training.backbones import set_up_backbones
 from fmsuite.core.training.checkpoint import (
     Checkpoint,
     Plan,
@@ -39,23 +39,24 @@ from fmsuite.core.training.checkpoint import (
     checkpoint_path,
     find_latest,
     list_checkpoints,
-    load_checkpoint,
     plain_config,
-    save_checkpoint,
 )
+from fmsuite.core.training.checkpoint_files import Stored
 from fmsuite.core.training.interrupt import Interrupt
 from fmsuite.core.training.metrics import MetricsLog, read_metrics
 from fmsuite.core.training.monitor import Monitor, ProbeSet
 from fmsuite.core.training.optim import (
     OptimSchedules,
     apply_schedules,
-    clip_gradients,
     describe_groups,
     make_optimizer,
 )
 from fmsuite.core.training.precision import autocast, choose_device, choose_precision
 from fmsuite.core.training.progress import LINE_EVERY_S, ProgressReport, silent
 from fmsuite.core.training.run_folder import RunFolder
+from fmsuite.core.training.saver import Saver
+from fmsuite.core.training.state import restore_state, targets, training_state
+from fmsuite.core.training.strategy import Strategy, choose_strategy, make_strategy
 from fmsuite.errors import FmsuiteError, UsageError
 
 __all__ = ["RunFolder", "TrainResult", "train"]
@@ -73,15 +74,21 @@ class TrainResult:
 
     Attributes:
         step: optimiser steps taken since its beginning.
-        interrupted: it was asked to stop (Ctrl-C, SIGTERM) before its end, and can be resumed.
+        stopped_by: SIGINT or SIGTERM if it was asked to stop before its end, on every rank the same; it can be resumed.
         checkpoint: of that step.
         metrics: the last values logged; empty if no step was taken.
+        strategy: knows where the parameters are, for whoever exports them.
     """
 
     step: int
-    interrupted: bool
+    stopped_by: signal.Signals | None
     checkpoint: Path
     metrics: dict[str, float]
+    strategy: Strategy
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_by is not None
 
 
 def train(
@@ -100,11 +107,12 @@ def train(
 ) -> TrainResult:
     """Train an objective to its last step, or until asked to stop.
 
-    In a single process, or in each process that torchrun starts (DDP). On one CPU a run that was stopped and resumed,
-    however it was stopped, gives the numbers of an uninterrupted one bit for bit.
+    In a single process, or in each process that torchrun starts. On one CPU a run that was stopped and resumed, however
+    it was stopped, gives the numbers of an uninterrupted one bit for bit. It can be resumed on another number of
+    processes, and under another strategy; the numbers are then equal up to the order of float32 sums.
 
     Args:
-        objective: on the CPU, equal on all ranks; it ends on the device.
+        objective: on the CPU, equal on all ranks; it ends on the device, in parts if the strategy is ``fsdp2``.
         loader: this rank's batches of raw pixels from a step on.
         spec: how to normalise them.
         run: where checkpoints and metrics go.
@@ -116,14 +124,19 @@ def train(
 
     Raises:
         UsageError: if the configuration asks for what device, backbone, batch or checkpoint do not allow.
-        FmsuiteError: if a loss is not finite, too many windows cannot be read, or the disk is full. The last checkpoint
-            stays usable.
+        FmsuiteError: if a loss is not finite, too many windows cannot be read, the disk is full, or another process of
+            the run has ended. The last checkpoint stays usable.
     """
     device = choose_device(config.training.device)
-    with process_group(device), Interrupt() as interrupt:
+    alone = config.training.strategy == "fsdp2"
+    with process_group(device, alone), peers_named(), Interrupt() as interrupt:
         trainer = _Trainer(objective, config, spec, run, Plan(total_steps, steps_per_epoch), skipped, device, interrupt)
-        start = trainer.restore(resume)
-        return trainer.run_steps(loader, start, probe, report if is_main() else silent)
+        try:
+            start = trainer.restore(resume)
+            return trainer.run_steps(loader, start, probe, report if is_main() else silent)
+        except Exception:
+            trainer.saver.close()
+            raise
 
 
 @dataclass
@@ -133,7 +146,8 @@ class _Taken:
     Attributes:
         done: steps taken, this one included.
         values: losses and gradient norm of this rank, () tensors on the device.
-        flags: (2,) over all ranks: how many have a value that is not finite, how many were asked to stop.
+        flags: (4,) over all ranks: how many have a value that is not finite, how many could not write a checkpoint, how
+            many were asked to stop by SIGINT, and how many by SIGTERM.
     """
 
     done: int
@@ -160,13 +174,17 @@ class _Trainer:
         self.precision = choose_precision(self.training.precision, device)
         _check_batch(self.training.batch_size, self.training.accumulate)
         objective.check_batch(self.training.batch_size // self.training.accumulate)
-        _set_up_backbones(objective, self.training.compile, self.training.activation_checkpointing)
+        name = choose_strategy(self.training.strategy, objective, config.optim, device)
+        self.strategy = make_strategy(name, objective, device, self.precision)
+        set_up_backbones(objective, self.training, device, self.strategy.name)
         self.schedules = OptimSchedules.build(
             config.optim, self.training.batch_size, plan.total_steps, plan.steps_per_epoch
         )
-        self.objective = _synchronised(objective.to(device)).train()
+        self.objective = self.strategy.place()
+        self.objective.train()
         self.normalize = Normalize(spec).to(device)
-        self.optimizer = make_optimizer(config.optim, objective)
+        self.optimizer = make_optimizer(config.optim, self.objective)
+        self.saver = Saver(run.checkpoints, self.training.keep_checkpoints)
         self.unreported: list[SkippedWindow] = []
         self.draws = self.all_draws = self.all_skips = 0
 
@@ -179,60 +197,79 @@ class _Trainer:
                     "Continue it with --resume, or choose another folder with --out.",
                 )
             return 0
-        checkpoint = find_latest(self.run.checkpoints) if is_main() else None
-        start = from_main(None if checkpoint is None else checkpoint.step)
-        if start is None:
-            logger.info("There is no checkpoint yet, so the run starts from the beginning.")
+
+        def into(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+            check_same_run(checkpoint, self.config, self.plan)
+            return targets(self.objective, self.optimizer, stored)
+
+        found = find_latest(self.run.checkpoints, into)
+        if found is None:
+            if is_main():
+                logger.info("There is no checkpoint yet, so the run starts from the beginning.")
             return 0
-        checkpoint = checkpoint or load_checkpoint(checkpoint_path(self.run.checkpoints, start))
-        check_same_run(checkpoint, self.config, self.plan)
-        self.objective.load_state_dict(checkpoint.objective)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        logger.info("Resuming after step %d of %d.", start, self.plan.total_steps)
-        return start
+        restore_state(self.objective, self.optimizer, found.state)
+        if is_main():
+            logger.info("Resuming after step %d of %d.", found.checkpoint.step, self.plan.total_steps)
+        return found.checkpoint.step
 
     def run_steps(
         self, loader: Callable[[int], Iterable[Batch]], start: int, probe: ProbeSet | None, report: ProgressReport
     ) -> TrainResult:
         total, training, every = self.plan.total_steps, self.training, self.config.monitor.every
-        model = _data_parallel(self.objective) if active() else self.objective
+        model = self.strategy.begin()
         if is_main():
-            logger.info("%s on %s, %d rank(s).", self.precision, self.device, world_size())
+            logger.info("%s on %s, %d rank(s), %s.", self.precision, self.device, world_size(), self.strategy.name)
+            statistics = batch_statistics(self.objective) if training.accumulate > 1 else None
+            if statistics is not None:
+                logger.info(
+                    "With training.accumulate %d, %s of '%s' are those of %d samples, not of the whole batch of %d.",
+                    training.accumulate,
+                    statistics,
+                    self.objective.name,
+                    training.batch_size // training.accumulate,
+                    training.batch_size,
+                )
         logger.debug("Parameter groups:\n%s", describe_groups(self.optimizer))
-        done, interrupted, last = start, False, dict[str, float]()
+        done, last = start, dict[str, float]()
+        stopped_by: signal.Signals | None = None
         previous: _Taken | None = None
         with ExitStack() as stack:
             log, monitor = self._open_log(stack, start), self._monitor(probe)
-            if monitor is not None and start == 0:
+            watched = every > 0 and any(gather_objects(monitor is not None))
+            if watched and start == 0:
                 self._look(monitor, log, 0)
-            batches = _closing(stack, loader(start)) if start < total else iter(())
-            clock = _Clock(training.batch_size)
+            batches = _closing(stack, on_device(loader(start), self.device)) if start < total else iter(())
+            clock = _Clock(training.batch_size, self.device)
             for step in _closing(stack, report(range(start, total), total - start, "training")):
                 batch = clock.next_batch(batches, step)
                 taken = self.step(model, batch, step)
                 done = step + 1
                 logs = done in (1, total) or done % training.log_every == 0
-                looks = every > 0 and (done == total or done % every == 0)
+                looks = watched and (done == total or done % every == 0)
                 saves = done == total or done % training.checkpoint_every == 0
                 # Elsewhere a GPU's outcomes are read one step late, so that the GPU never waits for the host.
                 settled = taken if logs or looks or saves or self.device.type == "cpu" else previous
                 previous = taken
-                interrupted = settled is not None and self._asked_to_stop(settled) and done < total
-                if interrupted:
+                asked = None if settled is None else self._asked_to_stop(settled)
+                stops = asked is not None and done < total
+                if stops:
                     self._asked_to_stop(taken)
-                if logs or interrupted:
+                    stopped_by = asked
+                if logs or stops:
                     last = self._log(log, taken, clock)
-                if logs or saves or interrupted:
+                if logs or saves or stops:
                     self._report_skipped()
-                if looks and monitor is not None:
+                if looks:
                     self._look(monitor, log, done)
-                if saves or interrupted:
+                if saves or stops:
                     self._save(done)
-                if interrupted:
+                if stops:
                     break
-        if start == total:
+            self.saver.wait()
+        self.saver.close()
+        if start == total and is_main():
             logger.info("The run is complete: all %d steps were taken before.", total)
-        return TrainResult(done, interrupted, checkpoint_path(self.run.checkpoints, done), last)
+        return TrainResult(done, stopped_by, checkpoint_path(self.run.checkpoints, done), last, self.strategy)
 
     def step(self, model: nn.Module, batch: Batch, step: int) -> _Taken:
         """One optimiser step: schedules, gradients of every micro-batch, clipping, update."""
@@ -245,17 +282,20 @@ class _Trainer:
 
         values: dict[str, Tensor] = {}
         parts = split_batch(batch, self.training.accumulate)
-        for number, part in enumerate(parts, start=1):
-            # Gradients travel between ranks once, with the last micro-batch.
-            with _no_sync(model, skip=number == len(parts)):
+        portions = shares(self.objective, parts, self.device)
+        for number, (part, share) in enumerate(zip(parts, portions, strict=True), start=1):
+            # Replayed CUDA graphs may overwrite what the last micro-batch left in their memory.
+            torch.compiler.cudagraph_mark_step_begin()
+            with self.strategy.accumulating(last=number == len(parts)):
                 with autocast(self.precision, self.device):
                     losses = model(self.prepare_batch(part), context)
-                (losses["loss"] / len(parts)).backward()
+                (losses["loss"] * share).backward()
             for name, loss in losses.items():
-                values[name] = values.get(name, 0.0) + loss.detach().float() / len(parts)
+                values[name] = values.get(name, 0.0) + loss.detach().float() * share
 
+        self.strategy.average_rest()
         self.objective.before_update(context)
-        values["grad_norm"] = clip_gradients(self.objective.parameters(), optim.clip_grad, optim.clip_per_parameter)
+        values["grad_norm"] = self.strategy.clip(optim.clip_grad, optim.clip_per_parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.after_update(context)
@@ -263,8 +303,9 @@ class _Trainer:
         self.unreported += batch.skipped
         self.draws += len(batch) + (0 if batch.support is None else len(batch.support))
         broken = ~torch.stack(list(values.values())).isfinite().all()
-        asked = torch.tensor(self.interrupt.requested).to(self.device, non_blocking=True)
-        flags = all_sum(torch.stack([broken, asked]).float())
+        asked = self.interrupt.requested
+        told = torch.tensor([self.saver.failed, asked == signal.SIGINT, asked == signal.SIGTERM])
+        flags = all_sum(torch.cat([broken[None], told.to(self.device, non_blocking=True)]).float())
         return _Taken(step + 1, values, flags, lr, weight_decay)
 
     def prepare_batch(self, batch: Batch) -> Batch:
@@ -272,21 +313,21 @@ class _Trainer:
         return batch.to(self.device).map_views(self.prepare_view)
 
     def prepare_view(self, view: View) -> View:
-        view = view.to(self.device)
-        valid = view.valid
-        if valid is not None and self.normalize.spec.bag:
-            valid = valid[..., None]
-        return replace(view, pixels=self.normalize(view.pixels, valid))
+        return self.normalize.view(view.to(self.device))
 
-    def _asked_to_stop(self, taken: _Taken) -> bool:
-        """Whether any rank was asked to stop by then.
+    def _asked_to_stop(self, taken: _Taken) -> signal.Signals | None:
+        """By what any rank was asked to stop by then.
 
         Raises:
-            FmsuiteError: if a loss or a gradient of that step is not finite on any rank.
+            FmsuiteError: if a loss or a gradient of that step is not finite on any rank, or a checkpoint could not be
+                written.
         """
-        broken, asked = taken.flags.tolist()
+        broken, unwritten, interrupts, terminations = taken.flags.tolist()
+        if unwritten:
+            self.saver.wait()
         if not broken:
-            return asked > 0
+            return signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
+        self.saver.settle()
         bad = [f"{name} is {value.item()}" for name, value in taken.values.items() if not value.isfinite()]
         saved = list_checkpoints(self.run.checkpoints)
         kept = f"{saved[0]} is intact." if saved else "No checkpoint had been written yet."
@@ -333,26 +374,18 @@ class _Trainer:
         start = None if begun is None else (begun["features/rankme"], begun["features/std"])
         return Monitor(probe, self.config.monitor.knn_k, start)
 
-    def _look(self, monitor: Monitor, log: MetricsLog | None, done: int) -> None:
-        with autocast(self.precision, self.device):
-            found = monitor.look(self.objective, self.prepare_view, done)
+    def _look(self, monitor: Monitor | None, log: MetricsLog | None, done: int) -> None:
+        with self.strategy.whole(encoder_only=True) as objective:
+            if monitor is None or objective is None:
+                return
+            with autocast(self.precision, self.device):
+                found = monitor.look(objective, self.prepare_view, done)
         if log is not None:
             log.write(done, found.metrics())
 
     def _save(self, done: int) -> None:
-        """Rank 0 writes; a failure is raised on every rank."""
-        failure: FmsuiteError | None = None
-        if is_main():
-            state = Checkpoint(
-                done, plain_config(self.config), self.plan, self.objective.state_dict(), self.optimizer.state_dict()
-            )
-            try:
-                save_checkpoint(self.run.checkpoints, state, self.training.keep_checkpoints)
-            except FmsuiteError as error:
-                failure = error
-        failure = from_main(failure)
-        if failure is not None:
-            raise failure
+        checkpoint = Checkpoint(done, plain_config(self.config), self.plan)
+        self.saver.save(checkpoint, training_state(self.objective, self.optimizer))
 
     def _report_skipped(self) -> None:
         """Put every rank's replaced windows on record.
@@ -378,77 +411,49 @@ class _Trainer:
 
 
 class _Clock:
-    """Measures throughput and how long the loop stood waiting for data, between one line of metrics and the next."""
+    """Measures throughput and how long the device waited for data, between one line of metrics and the next.
 
-    def __init__(self, batch_size: int) -> None:
+    A GPU still works while the loop waits for a batch, so there the wait is what lies, on the GPU's own clock, between
+    the end of the step before and the arrival of the batch.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
+        self.device = device
         self._begin()
 
     def _begin(self) -> None:
         self.started, self.waited, self.batches = time.monotonic(), 0.0, 0
+        self.gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
         before = time.monotonic()
+        idle = self._mark() if self.device.type == "cuda" else None
         try:
             batch = next(batches)
         except StopIteration as error:
             raise FmsuiteError(f"The data ended at step {step}, before the end of the run.") from error
-        self.waited += time.monotonic() - before
+        if idle is None:
+            self.waited += time.monotonic() - before
+        else:
+            self.gaps.append((idle, self._mark()))
         self.batches += 1
         return batch
 
     def lap(self) -> dict[str, float]:
         """Samples a second over all ranks, and the share of the time spent waiting on this one, since the last lap."""
+        for idle, ready in self.gaps:
+            ready.synchronize()
+            self.waited += idle.elapsed_time(ready) / 1000
         elapsed = max(time.monotonic() - self.started, 1e-9)
         line = {"samples_per_second": self.batches * self.batch_size / elapsed, "data_wait": self.waited / elapsed}
         self._begin()
         return line
-
-
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches of equal size, in order; each has all of the supports.
-
-    Raises:
-        FmsuiteError: if the batch cannot be divided so.
-    """
-    if parts == 1:
-        return [batch]
-    if len(batch) % parts:
-        raise FmsuiteError(f"A batch of {len(batch)} samples cannot be divided into {parts} micro-batches.")
-    size = len(batch) // parts
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-
-def _synchronised(objective: Objective) -> Objective:
-    """With several ranks, batch statistics over all of them: otherwise each rank would train another network.
-
-    Raises:
-        UsageError: on CPUs, where PyTorch has no synchronised batch normalisation.
-    """
-    normed = [module for module in objective.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if world_size() == 1 or not normed:
-        return objective
-    if next(objective.parameters()).device.type != "cuda":
-        raise UsageError(
-            f"Objective '{objective.name}' on {type(objective.backbone).__name__} has batch normalisation, which "
-            "PyTorch cannot synchronise on CPUs.",
-            "Train it in one process, or on GPUs.",
-        )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-any-return]
-
-
-def _data_parallel(objective: Objective) -> DistributedDataParallel:
-    """DDP that starts from rank 0's parameters and buffers. Buffers (centres, say) are then equal on all ranks without
-    being sent at each forward, and parameters that a batch does not use are allowed."""
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(objective, find_unused_parameters=True, **{buffers: False})  # type: ignore[arg-type]
-
-
-def _no_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
-    if skip or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
 
 
 def _check_batch(batch_size: int, accumulate: int) -> None:
@@ -458,25 +463,6 @@ def _check_batch(batch_size: int, accumulate: int) -> None:
             f"training.accumulate {accumulate}.",
             f"Use a multiple of {world_size() * accumulate}.",
         )
-
-
-def _set_up_backbones(objective: Objective, compile_blocks: bool, checkpointing: bool) -> None:
-    """Compile every backbone's blocks (a teacher's too); recompute activations in those that are trained."""
-    backbones = [module for module in objective.modules() if isinstance(module, Backbone)]
-    trained = [backbone for backbone in backbones if any(p.requires_grad for p in backbone.parameters())]
-    if checkpointing:
-        for backbone in trained:
-            _method(backbone, "set_activation_checkpointing", "training.activation_checkpointing")(True)
-    if compile_blocks:
-        for backbone in backbones:
-            _method(backbone, "compile_blocks", "training.compile")()
-
-
-def _method(backbone: Backbone, name: str, key: str) -> Callable:
-    method = getattr(backbone, name, None)
-    if method is None:
-        raise UsageError(f"{type(backbone).__name__} does not support {key}.", f"Set {key}=false.")
-    return method
 
 
 def _closing(stack: ExitStack, items: Iterable) -> Iterator:

@@ -18,7 +18,7 @@ from fmsuite import __version__
 from fmsuite.core.config import RunConfig
 from fmsuite.core.data.pairs import FILE_NAME as PAIRS_NAME
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED_NAME
-from fmsuite.core.distributed import world_size
+from fmsuite.core.distributed import launch_id, world_size
 from fmsuite.core.training.checkpoint import list_checkpoints
 from fmsuite.core.versions import package_versions
 from fmsuite.errors import UsageError
@@ -133,6 +133,7 @@ class RunFolder:
             "python": platform.python_version(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "ranks": world_size(),
+            "launch": launch_id(),
             "versions": {"fmsuite": __version__, "torch": torch.__version__, **package_versions(_PACKAGES)},
         }
         facts = {
@@ -143,6 +144,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         _replace_text(self.config_path, config.to_yaml())
         _replace_text(self.facts_path, json.dumps(facts, indent=2) + "\n")
+
+    @property
+    def last_launch(self) -> str | None:
+        """Under which launcher the run was started last; ``None`` if under none."""
+        starts = self.facts().get("starts") or [{}]
+        return starts[-1].get("launch")
 
     def facts(self) -> dict[str, Any]:
         """``run.json``: seed, index hash, and an entry for each time that the run was started; empty if not begun.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import AUGMENT, ArraySample, Sample
 from fmsuite.core.inputs import InputSpec
 from fmsuite.domains.medical.volumes import monai_transforms
@@ -17,15 +18,22 @@ LEFT_RIGHT = 2
 TURN = math.radians(10)
 ZOOM = 0.1
 BLUR = (0.5, 1.0)
-BLUR_REACH = 4
-"""Voxels; MONAI's kernels end at four standard deviations."""
+"""Range of the blur's standard deviation along each axis, in voxels, before what a voxel's own extent adds."""
+BLUR_PROBABILITY = (0.5, 0.1)
+"""For an ordinary view, and for the second of an asymmetric pair."""
+VOXEL_VARIANCE = 1 / 12
+"""Of a voxel as wide as one: MONAI's kernels, whose strength these are, integrate the Gaussian over each voxel."""
+NOISE, NOISE_PROBABILITY = 0.1, 0.3
+GAIN, SHIFT, INTENSITY_PROBABILITY = 0.2, 0.2, 0.5
+GAMMA, GAMMA_PROBABILITY = (0.7, 1.5), 0.3
+"""Intensities are in network units."""
 EQUAL_SPACING = 1.1
 """A plane may be rotated if its two spacings differ by less than this factor: otherwise a rotation in voxels would
 shear the anatomy."""
 
 
 class VolumeAugmentation:
-    """MONAI's transforms, seeded for each sample.
+    """MONAI's flips and affine maps, seeded for each sample; intensities are varied on the device.
 
     weak: mirror images along z and y, and along x (left-right) only on request. strong: also a rotation by up to
     10 degrees and a zoom by up to 10 % along each axis, blur, noise, scale, shift and gamma. There are no right-angle
@@ -64,16 +72,15 @@ class VolumeAugmentation:
         valid = sample.valid
         if valid is None and strong:
             valid = np.ones((1, *sample.size), dtype=bool)
-        values = self._to_network(sample.values) if strong else np.asarray(sample.values)
+        values = sample.values.astype(np.float32) if strong else sample.values
         data = {"values": torch.from_numpy(np.ascontiguousarray(values))}
         if valid is not None:
             data["valid"] = torch.from_numpy(valid.astype(np.float32))
         for name, labels in sample.maps.items():
             data[f"map:{name}"] = torch.from_numpy(labels[None].astype(np.float32))
-        pipeline = self._pipeline(strong, second, tuple(data), sample.size, self._turns(sample) if strong else ())
+        pipeline = self._pipeline(strong, tuple(data), self._turns(sample) if strong else ())
         pipeline.set_random_state(seed=seed)
         done = {key: np.ascontiguousarray(np.asarray(tensor)) for key, tensor in pipeline(data).items()}
-        values = self._from_network(done["values"]) if strong else done["values"]
         moved = done["valid"] > 0.99 if "valid" in done else None
         if moved is not None and sample.valid is None and moved.all():
             moved = None
@@ -81,7 +88,45 @@ class VolumeAugmentation:
             name: np.rint(done[f"map:{name}"][0]).astype(labels.dtype, copy=False)
             for name, labels in sample.maps.items()
         }
-        return sample.replace(values=values.astype(sample.values.dtype, copy=False), valid=moved, maps=maps)
+        return sample.replace(
+            values=done["values"].astype(sample.values.dtype, copy=False),
+            valid=moved,
+            maps=maps,
+            adjust=self._intensities(second, generator) if strong else None,
+        )
+
+    def _intensities(self, second: bool, generator: np.random.Generator) -> Adjustment:
+        """Blur, noise, scale, shift and gamma of network values, in terms of raw ones."""
+        sigma = np.sqrt(generator.uniform(*BLUR, size=3) ** 2 + VOXEL_VARIANCE)
+        blurs, noisy, scales, shifts, curves = generator.random(5) < (
+            BLUR_PROBABILITY[second],
+            NOISE_PROBABILITY,
+            INTENSITY_PROBABILITY,
+            INTENSITY_PROBABILITY,
+            GAMMA_PROBABILITY,
+        )
+        noise, seed = generator.uniform(0, NOISE), int(generator.integers(2**62))
+        gain, shift, gamma = generator.uniform(-GAIN, GAIN), generator.uniform(-SHIFT, SHIFT), generator.uniform(*GAMMA)
+        factor = 1 + gain if scales else 1.0
+        mean, std = (np.array([getattr(channel, name) for channel in self.spec.channels]) for name in ("mean", "std"))
+        # v' = (factor * (scale * v + offset - mean) + shift * std + mean - offset) / scale
+        constant = ((factor - 1) * (self.spec.offset - mean) + (shift * std if shifts else 0)) / self.spec.scale
+        return Adjustment(
+            maps=affine(factor * np.eye(len(mean)), offset=constant)[None],
+            limits=self._limits(),
+            blur=(sigma * blurs).astype(np.float32),
+            # It follows the change of scale, which would have scaled it too.
+            noise=(noisy * noise * factor * std / abs(self.spec.scale)).astype(np.float32),
+            seed=seed,
+            gamma=gamma if curves else 1.0,
+        )
+
+    def _limits(self) -> np.ndarray | None:
+        """(2, 2): the window of raw values before the change of scale, and none after it: ``Normalize`` clips."""
+        if self.spec.clip is None:
+            return None
+        window = sorted((end - self.spec.offset) / self.spec.scale for end in self.spec.clip)
+        return np.array([window, [-np.inf, np.inf]], dtype=np.float32)
 
     def _turns(self, sample: ArraySample) -> tuple[float, ...]:
         """Largest rotation about each axis; zero where it would mix axes of different spacing."""
@@ -94,17 +139,13 @@ class VolumeAugmentation:
             turns.append(TURN if max(first, other) < EQUAL_SPACING * min(first, other) else 0.0)
         return tuple(turns)
 
-    def _pipeline(
-        self, strong: bool, second: bool, keys: tuple[str, ...], size: tuple[int, ...], turns: tuple[float, ...]
-    ) -> Any:
-        known = (strong, second, keys, size, turns)
+    def _pipeline(self, strong: bool, keys: tuple[str, ...], turns: tuple[float, ...]) -> Any:
+        known = (strong, keys, turns)
         if known not in self._pipelines:
             self._pipelines[known] = self._build(*known)
         return self._pipelines[known]
 
-    def _build(
-        self, strong: bool, second: bool, keys: tuple[str, ...], size: tuple[int, ...], turns: tuple[float, ...]
-    ) -> Any:
+    def _build(self, strong: bool, keys: tuple[str, ...], turns: tuple[float, ...]) -> Any:
         monai = monai_transforms()
         axes = [axis for axis in range(3) if axis != LEFT_RIGHT or self.flip_left_right]
         steps = [monai.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
@@ -117,30 +158,6 @@ class VolumeAugmentation:
                     scale_range=(ZOOM,) * 3,
                     mode=["nearest" if key.startswith("map:") else "bilinear" for key in keys],
                     padding_mode=["border" if key == "values" else "zeros" for key in keys],
-                ),
-                # MONAI's filter takes zeros beyond the edge, which would draw a frame around the view.
-                monai.BorderPadd("values", BLUR_REACH, mode="edge"),
-                monai.RandGaussianSmoothd("values", BLUR, BLUR, BLUR, prob=0.1 if second else 0.5),
-                monai.CenterSpatialCropd("values", size),
-                monai.RandGaussianNoised("values", prob=0.3, std=0.1),
-                monai.RandScaleIntensityd("values", factors=0.2, prob=0.5),
-                monai.RandShiftIntensityd("values", offsets=0.2, prob=0.5),
-                monai.RandAdjustContrastd("values", prob=0.3, gamma=(0.7, 1.5)),
+                )
             ]
         return monai.Compose(steps)
-
-    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        mean = np.array([channel.mean for channel in self.spec.channels], dtype=np.float32)
-        std = np.array([channel.std for channel in self.spec.channels], dtype=np.float32)
-        return mean.reshape(-1, 1, 1, 1), std.reshape(-1, 1, 1, 1)
-
-    def _to_network(self, values: np.ndarray) -> np.ndarray:
-        mean, std = self._statistics()
-        scaled = values.astype(np.float32) * np.float32(self.spec.scale) + np.float32(self.spec.offset)
-        if self.spec.clip is not None:
-            scaled = np.clip(scaled, *self.spec.clip)
-        return (scaled - mean) / std
-
-    def _from_network(self, values: np.ndarray) -> np.ndarray:
-        mean, std = self._statistics()
-        return (values * std + mean - np.float32(self.spec.offset)) / np.float32(self.spec.scale)

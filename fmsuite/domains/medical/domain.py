@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.domains.base import Domain, Progress, Units, no_progress
+from fmsuite.domains.base import Domain, Units
 from fmsuite.domains.medical.intensity import Intensity, foreground, standardisation
 from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.volumes import SUFFIXES, Volume, load_volume, monai_transforms, resampling
 from fmsuite.domains.medical.windows import windows_over
 from fmsuite.errors import ReadFailure, UsageError
-from fmsuite.tiling.labels import SourceLabel, assign_labels
-from fmsuite.tiling.sources import SourceFile, find_files
-from fmsuite.tiling.table import join_tables, window_table
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
 
 GEOMETRY = ("modality", "spacing", "size", "hu_window", "channels", "unknown_orientation")
 """Options that an index fixes: its windows and statistics would not fit others."""
@@ -43,44 +40,17 @@ class MedicalDomain(Domain):
     Options: ClassVar[type[MedicalOptions]] = MedicalOptions
     default_recipe: ClassVar[str] = "medical-mae"
     units: ClassVar[Units] = Units(source="volume", group="patient")
+    free_options: ClassVar[frozenset[str]] = frozenset({"flip_left_right", "cached_volumes"})
 
     options: MedicalOptions
 
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        files = find_files(paths, SUFFIXES, "NIfTI volumes")
-        labels = assign_labels(self.options, paths, files, skipped)
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        sources = labelled_sources(self.options, paths, SUFFIXES, "NIfTI volumes", skipped)
         monai_transforms()
-        tables: list[pa.Table] = []
-        intensities: dict[str, Any] = {}
-        moments = np.zeros((3, len(self.options.channel_names)))
-        for file in progress(files, len(files), "volumes"):
-            try:
-                volume, mask, table = self._windows(file, labels.of(file))
-                if self.options.modality == "mr":
-                    intensities[str(file.path)] = standardisation(str(file.path), volume, mask).to_json()
-                else:
-                    moments += self._moments(volume, mask)
-            except ReadFailure as failure:
-                skipped.add_failure(failure)
-                continue
-            tables.append(table)
-        options = self.options.model_dump(mode="json")
-        metadata: dict[str, Any] = {
-            "domain": self.name,
-            "options": {key: options[key] for key in GEOMETRY},
-            "labels": labels.summary(),
-        }
-        if self.options.modality == "mr":
-            metadata["intensities"] = intensities
-        elif tables:
-            count, total, squares = moments
-            mean = total / count
-            metadata["mean"] = mean.tolist()
-            metadata["std"] = np.sqrt(np.maximum(squares / count - mean**2, 1e-6)).tolist()
-        return join_tables(tables, metadata)
+        return sources
 
-    def _windows(self, file: SourceFile, known: SourceLabel) -> tuple[Volume, np.ndarray, pa.Table]:
-        path = str(file.path)
+    def index_source(self, task: SourceTask) -> SourceRows:
+        path = task.path
         volume = load_volume(path, None, len(self.options.channel_names), self._assume)
         mask = foreground(path, volume, self.options.modality)
         ratio, shape = resampling(volume.shape, volume.spacing, self.options.full_spacing)
@@ -94,14 +64,27 @@ class MedicalDomain(Domain):
                 "Lower data.min_foreground, or take smaller windows with data.size.",
             )
         extent = [size * r for size, r in zip(self.options.full_size, ratio, strict=True)]
-        group = known.group or file.group
-        return (
-            volume,
-            mask,
-            window_table(
-                path, group, positions[enough], extent, volume.spacing, content[enough], known.label, known.split
-            ),
-        )
+        facts: dict[str, Any]
+        if self.options.modality == "mr":
+            facts = {"intensity": standardisation(path, volume, mask).to_json()}
+        else:
+            facts = {"moments": self._moments(volume, mask).tolist()}
+        return SourceRows(task.rows(positions[enough], extent, volume.spacing, content[enough]), facts)
+
+    def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
+        options = self.options.model_dump(mode="json")
+        metadata: dict[str, Any] = {"options": {key: options[key] for key in GEOMETRY}}
+        if self.options.modality == "mr":
+            metadata["intensities"] = {source.task.path: source.facts["intensity"] for source in found}
+        elif found:
+            moments = np.zeros((3, len(self.options.channel_names)))
+            for source in found:
+                moments += source.facts["moments"]
+            count, total, squares = moments
+            mean = total / count
+            metadata["mean"] = mean.tolist()
+            metadata["std"] = np.sqrt(np.maximum(squares / count - mean**2, 1e-6)).tolist()
+        return metadata
 
     def _moments(self, volume: Volume, mask: np.ndarray) -> np.ndarray:
         """(3, C): count, sum and sum of squares of the foreground, after the Hounsfield window."""

@@ -65,6 +65,8 @@ class VolumeReader:
         low = np.maximum(start, 0)
         high = np.minimum(start + size, volume.shape)
         if (low >= high).any():
+            # Should the file be put right, it is to be read again.
+            self._volumes.discard(window.source)
             raise ReadFailure(
                 window.source, "read", "a window lies outside the volume: the file has changed.", "Tile again."
             )

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
-# Albumentations asks a package index for its newest version when it is imported, unless told not to.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations
-
+from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import ArraySample, Sample
 from fmsuite.tiling.symmetry import turned
 
@@ -39,33 +33,49 @@ def hed_to_rgb(hed: np.ndarray) -> np.ndarray:
     return 256.0 * np.exp(-(np.asarray(hed, np.float64) @ _RGB_FROM_HED)) - 1.0
 
 
-def stain_jitter(rgb: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Each stain's amount ``s`` becomes ``gain * s + shift`` (Tellez et al. 2018, "Whole-slide mitosis detection",
-    sec. III-C), within what 8 bits can show.
+def stain_map(gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """The change of absorbance that makes each stain's amount ``s`` into ``gain * s + shift`` (Tellez et al. 2018,
+    "Whole-slide mitosis detection", sec. III-C).
 
     Args:
-        rgb: (H, W, 3) uint8.
         gain, shift: (3,).
 
     Returns:
-        (H, W, 3) uint8. Gain 1 and shift 0 return the input exactly.
+        (3, 4) float32, ``Adjustment.absorbance``.
     """
-    # The change is linear in absorbance, so the two 3 x 3 products fold into one.
-    absorbance = _ABSORBANCE[rgb]
     mixing = (_HED_FROM_RGB * gain) @ _RGB_FROM_HED
-    changed = absorbance @ mixing.astype(np.float32) + (shift @ _RGB_FROM_HED).astype(np.float32)
-    return np.clip(np.rint(256.0 * np.exp(-changed) - 1.0), 0, 255).astype(np.uint8)
+    return np.column_stack([mixing.T, shift @ _RGB_FROM_HED]).astype(np.float32)
 
 
-_ABSORBANCE = (-np.log((np.arange(256) + 1.0) / 256.0)).astype(np.float32)
+def brightness(factor: float) -> np.ndarray:
+    """(3, 7), the map ``factor * v``."""
+    return affine(factor * np.eye(3))
+
+
+def contrast(factor: float) -> np.ndarray:
+    """(3, 7), away from the crop's mean grey, or towards it."""
+    return affine(factor * np.eye(3), (1 - factor) * _TO_GREY)
+
+
+def saturation(factor: float) -> np.ndarray:
+    """(3, 7), away from each pixel's own grey, or towards it; 0 drops colour."""
+    return affine(factor * np.eye(3) + (1 - factor) * _TO_GREY)
+
+
+_TO_GREY = np.tile([0.299, 0.587, 0.114], (3, 1))
+"""Luma of ITU-R BT.601."""
+_NOTHING = affine(np.eye(3))
+_COLOUR_SHARE = 0.8
+"""Share of strong views whose brightness, contrast and saturation change."""
 
 
 class StainedTissueAugmentation:
     """Valid variations of bright-field tissue.
 
     weak: right-angle turns and flips; tissue has no upright side. A view that is not square only turns by 180 degrees.
-    strong: these, then the stain, then brightness, contrast and saturation, then blur; hue stays the stain's. No
-    solarisation: an inverted stain is no stain. Scale comes from the objective's crops.
+    strong: these, then the stain, then brightness, contrast and saturation in any order, then blur; hue stays the
+    stain's. No solarisation: an inverted stain is no stain. Scale comes from the objective's crops. All but the turns
+    is done on the device, within what 8 bits can show.
 
     Args:
         stain_gain, stain_shift: half-widths of the uniform draws for each stain.
@@ -86,19 +96,10 @@ class StainedTissueAugmentation:
     ) -> None:
         self.stain_gain = stain_gain
         self.stain_shift = stain_shift
-        factors = (1 - colour, 1 + colour)
-        self._appearance = tuple(
-            albumentations.Compose(
-                [
-                    albumentations.ColorJitter(
-                        brightness=factors, contrast=factors, saturation=factors, hue=(0.0, 0.0), p=0.8
-                    ),
-                    albumentations.GaussianBlur(blur_limit=0, sigma_limit=blur_sigma, p=probability),
-                    albumentations.ToGray(p=greyscale),
-                ]
-            )
-            for probability in blur
-        )
+        self.colour = colour
+        self.blur = blur
+        self.blur_sigma = blur_sigma
+        self.greyscale = greyscale
 
     @classmethod
     def jittered(cls, factor: float, greyscale: float = 0.0) -> StainedTissueAugmentation:
@@ -120,8 +121,24 @@ class StainedTissueAugmentation:
             return sample
         gain = 1 + generator.uniform(-self.stain_gain, self.stain_gain, 3)
         shift = generator.uniform(-self.stain_shift, self.stain_shift, 3)
-        picture = stain_jitter(np.moveaxis(sample.values, 0, -1), gain, shift)
-        appearance = self._appearance[int(second)]
-        appearance.set_random_seed(int(generator.integers(2**31)))
-        picture = appearance(image=np.ascontiguousarray(picture))["image"]
-        return sample.replace(values=np.ascontiguousarray(np.moveaxis(picture, -1, 0)))
+        maps = self._colours(generator)
+        blurs = generator.random() < self.blur[second]
+        sigma = generator.uniform(*self.blur_sigma)
+        return sample.replace(
+            adjust=Adjustment(
+                absorbance=stain_map(gain, shift),
+                maps=maps,
+                limits=np.tile(np.array([0, 255], dtype=np.float32), (len(maps) + 1, 1)),
+                blur=np.full(2, sigma if blurs else 0.0, dtype=np.float32),
+            )
+        )
+
+    def _colours(self, generator: np.random.Generator) -> np.ndarray:
+        """(4, 3, 7): brightness, contrast and saturation in the order drawn, and the change to grey."""
+        factors = generator.uniform(1 - self.colour, 1 + self.colour, 3)
+        made = [make(float(factor)) for make, factor in zip((brightness, contrast, saturation), factors)]
+        order = generator.permutation(3)
+        changes = generator.random() < _COLOUR_SHARE
+        grey = generator.random() < self.greyscale
+        maps = [made[number] if changes else _NOTHING for number in order]
+        return np.stack([*maps, saturation(0.0) if grey else _NOTHING])

@@ -9,23 +9,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import openslide
-import pyarrow as pa
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec, rgb_channels
-from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, Units, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.pathology.augment import StainedTissueAugmentation
 from fmsuite.domains.pathology.example import make_example
 from fmsuite.domains.pathology.options import AUGMENTATION, PathologyOptions
 from fmsuite.domains.pathology.pictures import draw_overview, draw_previews
 from fmsuite.domains.pathology.reading import SlideReader
-from fmsuite.domains.pathology.windows import SOURCE_FACTS_LIMIT, rows_of_files
+from fmsuite.domains.pathology.windows import SOURCE_FACTS_LIMIT, choose_files, index_source
 from fmsuite.errors import UsageError
-from fmsuite.tiling.labels import assign_labels
-from fmsuite.tiling.parts import PartStore
-from fmsuite.tiling.sources import find_files
-from fmsuite.tiling.table import join_tables
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
 
 
 class PathologyDomain(Domain):
@@ -36,24 +32,23 @@ class PathologyDomain(Domain):
     Options: ClassVar[type[DomainOptions]] = PathologyOptions
     default_recipe: ClassVar[str] = "pathology-simclr"
     units: ClassVar[Units] = Units(window="tile", source="slide", group="patient")
+    free_options: ClassVar[frozenset[str]] = AUGMENTATION
     options: PathologyOptions
 
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        options = self.options
-        files = find_files(paths, options.suffixes, what="slides or tile images")
-        labels = assign_labels(options, paths, files, skipped)
-        tables: list[pa.Table] = []
-        facts: dict[str, dict[str, Any]] = {}
-        shown = progress(files, len(files), "Tiling slides")
-        recorded = options.model_dump(mode="json", exclude=set(AUGMENTATION))
-        parts = PartStore(self.parts, recorded)
-        for rows in rows_of_files(shown, labels, options, skipped, parts):
-            tables.append(rows.table)
-            if len(facts) < SOURCE_FACTS_LIMIT:
-                facts[rows.table.column("source")[0].as_py()] = rows.facts
-        metadata: dict[str, Any] = {
-            "domain": self.name,
-            "options": recorded,
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        return labelled_sources(self.options, paths, self.options.suffixes, "slides or tile images", skipped)
+
+    def index_source(self, task: SourceTask) -> SourceRows:
+        return index_source(task, self.options)
+
+    def settle_sources(self, found: Sequence[SourceFacts], skipped: SkippedLog) -> Sequence[SourceTask] | None:
+        return choose_files(found)
+
+    def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
+        mpp = self.options.mpp
+        # Of every source, so that every window really has the asked resolution.
+        scaled = all(source.facts["mpp"] is not None for source in found)
+        return {
             "versions": {
                 "fmsuite": version("fmsuite"),
                 "openslide": openslide.__library_version__,
@@ -61,13 +56,11 @@ class PathologyDomain(Domain):
                 "imagecodecs": version("imagecodecs"),
                 "pillow": version("pillow"),
             },
-            "size": options.size,
-            "mpp": options.mpp,
-            "spacing": [options.mpp, options.mpp] if _all_scaled(facts) else None,
-            "sources": facts,
-            "labels": labels.summary(),
+            "size": self.options.size,
+            "mpp": mpp,
+            "spacing": [mpp, mpp] if scaled else None,
+            "sources": {source.task.path: source.facts for source in found[:SOURCE_FACTS_LIMIT]},
         }
-        return join_tables(tables, metadata)
 
     def input_spec(self, index: SampleIndex) -> InputSpec:
         """RGB of 8 bits. Statistics are ImageNet's: UNI and most public tile encoders use them, and a network that
@@ -104,8 +97,3 @@ class PathologyDomain(Domain):
 
     def overview(self, index: SampleIndex, source: str) -> Overview:
         return draw_overview(index, source, self.options)
-
-
-def _all_scaled(facts: dict[str, dict[str, Any]]) -> bool:
-    """Whether every source's resolution is known, so that every window really has the asked one."""
-    return all(fact["mpp"] is not None for fact in facts.values())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
-from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.data.skipped import Skipped
 from fmsuite.core.seeding import generator
 from fmsuite.domains.pathology.options import PathologyOptions
 from fmsuite.domains.pathology.reading import Thumbnail, read_region, read_thumbnail, thumbnail_pitch
@@ -19,22 +17,13 @@ from fmsuite.domains.pathology.tiff import TiffSource
 from fmsuite.domains.pathology.tiles import ImageSource, tile_windows
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import box_shares, window_grid
-from fmsuite.tiling.labels import Assigned, SourceLabel
-from fmsuite.tiling.parts import PartStore
-from fmsuite.tiling.sources import SourceFile
-from fmsuite.tiling.table import window_table
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, SourceTask
 from fmsuite.tiling.tissue import TissueMask, find_tissue
 
 SOURCE_FACTS_LIMIT = 10_000
 """Facts of each source go into the index's metadata up to so many sources."""
-
-
-@dataclass(frozen=True)
-class SourceRows:
-    """The rows of one source, and what is worth remembering of it."""
-
-    table: pa.Table
-    facts: dict[str, Any]
+CHOSEN = "chosen"
+"""The details of a file that stands for all files of its slide."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +54,42 @@ def look_at_slide(source: PixelSource, options: PathologyOptions) -> SlideTissue
     return SlideTissue(thumbnail, tissue, mpp)
 
 
-def slide_rows(
-    source: PixelSource, file: SourceFile, note: SourceLabel, options: PathologyOptions, skipped: SkippedLog
-) -> SourceRows:
-    """The windows of one slide. Places on it that cannot be read are left out and recorded.
+def index_source(task: SourceTask, options: PathologyOptions) -> SourceRows:
+    """The windows of a slide or a tile image. A file of which others hold parts (a DICOM series) has none before it has
+    been chosen among them: any one of them opens the whole slide.
 
     Raises:
-        ReadFailure: if the slide cannot be used: naming the reason and the way out.
+        ReadFailure: if it cannot be used: naming the reason and the way out.
     """
-    path = str(file.path)
+    source = open_source(task.path)
+    try:
+        if source.identity and task.details != CHOSEN:
+            return SourceRows(None, {"identity": [source.identity, os.path.dirname(task.path)]})
+        small = max(source.levels[0].shape) <= options.largest_tile
+        if isinstance(source, ImageSource) or (isinstance(source, TiffSource) and len(source.levels) == 1 and small):
+            return _image_rows(source, task, options)
+        return _slide_rows(source, task, options)
+    finally:
+        source.close()
+
+
+def choose_files(found: Sequence[SourceFacts]) -> list[SourceTask] | None:
+    """One file of each slide, the first; ``None`` if every file is a slide of its own."""
+    tasks: list[SourceTask] = []
+    seen: set[tuple[str, ...]] = set()
+    for each in found:
+        identity = tuple(each.facts.get("identity", ()))
+        if not identity:
+            tasks.append(each.task)
+        elif identity not in seen:
+            seen.add(identity)
+            tasks.append(replace(each.task, details=CHOSEN))
+    return tasks if seen else None
+
+
+def _slide_rows(source: PixelSource, task: SourceTask, options: PathologyOptions) -> SourceRows:
+    """Places that cannot be read are left out and noted."""
+    path = task.path
     mpp = true_mpp(source, options.mpp_override)
     coarse = max(mpp) / options.mpp
     if coarse > options.max_upsampling:
@@ -84,13 +100,21 @@ def slide_rows(
             "Ask for a coarser mpp, or raise max_upsampling.",
         )
     look = look_at_slide(source, options)
-    if look.thumbnail.failure is not None:
-        skipped.add(
-            path,
-            "tissue",
-            f"{look.thumbnail.unreadable:.1%} of the slide cannot be read and is left out: "
-            f"{look.thumbnail.failure.reason}",
-        )
+    if look.thumbnail.failure is None:
+        return _slide_windows(source, look, task, options)
+    note = Skipped(
+        path,
+        "tissue",
+        f"{look.thumbnail.unreadable:.1%} of the slide cannot be read and is left out: {look.thumbnail.failure.reason}",
+    )
+    try:
+        return replace(_slide_windows(source, look, task, options), notes=(note,))
+    except ReadFailure as failure:
+        return SourceRows.unused(note, Skipped.of(failure))
+
+
+def _slide_windows(source: PixelSource, look: SlideTissue, task: SourceTask, options: PathologyOptions) -> SourceRows:
+    path, mpp = task.path, look.mpp
     if not look.tissue:
         raise ReadFailure(path, "tissue", look.tissue.reason)
     extent = (options.size * options.mpp / mpp[0], options.size * options.mpp / mpp[1])
@@ -116,41 +140,33 @@ def slide_rows(
             "Lower min_tissue, or ask for smaller windows.",
         )
     positions, content = positions[enough], content[enough]
-    chosen = choose(len(positions), options.max_windows, options.seed, file.group)
+    chosen = choose(len(positions), options.max_windows, options.seed, task.name)
     positions, content = positions[chosen], content[chosen]
     probe(path, positions, extent, options.size)
-    group = note.group or file.group
-    table = window_table(path, group, positions, extent, mpp, content, note.label, note.split)
     facts = {
         "kind": "slide",
         "mpp": [round(value, 6) for value in mpp],
         "vendor": source.vendor,
         "levels": len(source.levels),
         "shape": list(source.levels[0].shape),
-        "slide": file.group,
+        "slide": task.name,
     }
-    return SourceRows(table, facts)
+    return SourceRows(task.rows(positions, extent, mpp, content), facts)
 
 
-def image_rows(source: PixelSource, file: SourceFile, note: SourceLabel, options: PathologyOptions) -> SourceRows:
-    """The windows of one tile image: all of them, since whoever cut it out has already chosen.
-
-    Raises:
-        ReadFailure: if its stated resolution is implausible.
-    """
+def _image_rows(source: PixelSource, task: SourceTask, options: PathologyOptions) -> SourceRows:
+    """All windows, since whoever cut the image out has already chosen."""
     mpp = None
     if options.mpp_override is not None or source.mpp is not None:
         mpp = true_mpp(source, options.mpp_override)
     shape = source.levels[0].shape
     scale = None if mpp is None else options.mpp / max(mpp)
     positions, extent = tile_windows(shape, options.size, options.step, scale)
-    chosen = choose(len(positions), options.max_windows, options.seed, file.group)
-    folder = file.group.rpartition("/")[0] or file.path.parent.name
-    table = window_table(
-        str(file.path), note.group or folder, positions[chosen], extent, mpp or (), 1.0, note.label, note.split
-    )
+    chosen = choose(len(positions), options.max_windows, options.seed, task.name)
+    folder = task.name.rpartition("/")[0] or os.path.basename(os.path.dirname(task.path))
+    rows = task.rows(positions[chosen], extent, mpp or (), group=task.known.group or folder)
     facts = {"kind": "image", "mpp": None if mpp is None else list(mpp), "shape": list(shape)}
-    return SourceRows(table, facts)
+    return SourceRows(rows, facts)
 
 
 def choose(count: int, limit: int | None, seed: int, group: str) -> np.ndarray:
@@ -178,55 +194,3 @@ def probe(path: str, positions: np.ndarray, extent: tuple[float, float], size: i
         finally:
             source.close()
     raise ReadFailure(path, "read", f"it opens, but its windows cannot be read: {failures[0].reason}", failures[0].hint)
-
-
-def rows_of_files(
-    files: Iterable[SourceFile],
-    labels: Assigned,
-    options: PathologyOptions,
-    skipped: SkippedLog,
-    parts: PartStore,
-) -> Iterator[SourceRows]:
-    """The rows of each file that can be used, one file open at a time; the others are recorded.
-
-    Files whose rows are in ``parts`` are not opened again.
-    """
-    seen: dict[tuple[str, str], Path] = {}
-    for file in files:
-        note = labels.of(file)
-        known = (file.group, *astuple(note))
-        kept = parts.load(file.path, known)
-        if kept is not None:
-            table, facts = kept
-            identity = facts.pop("identity")
-            if identity:
-                seen.setdefault((identity, str(file.path.parent)), file.path)
-            yield SourceRows(table, facts)
-            continue
-        try:
-            source = open_source(str(file.path))
-            try:
-                if source.identity:
-                    # Any one file of a DICOM series opens the whole slide.
-                    key = (source.identity, str(file.path.parent))
-                    if seen.setdefault(key, file.path) != file.path:
-                        continue
-                rows = _rows(source, file, note, options, skipped)
-            finally:
-                source.close()
-        except ReadFailure as failure:
-            skipped.add_failure(failure)
-            continue
-        if not isinstance(source, ImageSource):
-            # A tile image is looked at in less time than its rows are written.
-            parts.save(file.path, known, rows.table, {**rows.facts, "identity": source.identity})
-        yield rows
-
-
-def _rows(
-    source: PixelSource, file: SourceFile, note: SourceLabel, options: PathologyOptions, skipped: SkippedLog
-) -> SourceRows:
-    small = max(source.levels[0].shape) <= options.largest_tile
-    if isinstance(source, ImageSource) or (isinstance(source, TiffSource) and len(source.levels) == 1 and small):
-        return image_rows(source, file, note, options)
-    return slide_rows(source, file, note, options, skipped)

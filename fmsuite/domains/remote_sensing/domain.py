@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, Units, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
-from fmsuite.domains.remote_sensing.indexing import build_index, reader_of
+from fmsuite.domains.remote_sensing.indexing import describe, find_rasters, index_raster, reader_of, settle
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
 from fmsuite.domains.remote_sensing.raster import open_raster
@@ -22,6 +22,7 @@ from fmsuite.domains.remote_sensing.reader import RasterReader
 from fmsuite.errors import UsageError
 from fmsuite.tiling.preview import draw_windows, picture_path
 from fmsuite.tiling.table import windows_by_source
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 PREVIEW_SIZE = 1024
 """Longest side of an overview, pixels."""
@@ -41,8 +42,17 @@ class RemoteSensingDomain(Domain):
     def __init__(self, options: DomainOptions | None = None) -> None:
         super().__init__(RemoteSensingOptions() if options is None else options)
 
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        return build_index([Path(path) for path in paths], self.options, skipped, progress)
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        return find_rasters(paths, self.options, skipped)
+
+    def index_source(self, task: SourceTask) -> SourceRows:
+        return index_raster(task, self.options)
+
+    def settle_sources(self, found: Sequence[SourceFacts], skipped: SkippedLog) -> Sequence[SourceTask]:
+        return settle(found, self.options, skipped)
+
+    def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
+        return describe(index, found, self.options, skipped)
 
     def input_spec(self, index: SampleIndex) -> InputSpec:
         """

@@ -7,130 +7,141 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fmsuite.core.data.index import SampleIndex, Window
-from fmsuite.core.data.skipped import SkippedLog
-from fmsuite.domains.base import Progress
+from fmsuite.core.data.skipped import Skipped, SkippedLog
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.raster import SUFFIXES, open_raster
 from fmsuite.domains.remote_sensing.reader import Dates, RasterReader
 from fmsuite.domains.remote_sensing.statistics import BandStatistics
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import window_grid
-from fmsuite.tiling.labels import SourceLabel, assign_labels
+from fmsuite.tiling.labels import assign_labels
 from fmsuite.tiling.sources import SourceFile, find_files
-from fmsuite.tiling.table import join_tables, spread_rows, window_table
+from fmsuite.tiling.table import spread_rows
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 EPOCH = datetime.date(2000, 1, 1)
 SMALLEST_SHARE = 0.01
 """A window of which a raster fills less than this is refused unread, whatever ``min_valid`` says."""
+WINDOWS = "windows"
+"""The stage of a source that can be read and has no window worth it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probe:
-    """What one file said of itself."""
+    """What one file says of itself.
 
-    file: SourceFile
+    Attributes:
+        named: its bands have names, and not only positions.
+        tagged: it says how its values become physical ones.
+        shape, metres: (height, width), and the size of a pixel along them.
+        grid: where its pixels lie.
+        place, day: of which it is a picture; no day outside of time series.
+    """
+
+    path: str
     bands: tuple[str, ...]
     named: bool
     dtype: str
     tagged: bool
-    height: int
-    width: int
+    shape: tuple[int, int]
     metres: tuple[float, float] | None
     grid: tuple[Any, ...]
     place: str
     day: float | None = None
 
-    @property
-    def path(self) -> str:
-        return str(self.file.path)
 
-
-@dataclass
+@dataclass(frozen=True)
 class Unit:
     """What windows are cut from: a file, or the dates of a place in order.
 
     Attributes:
-        group: the place.
-        probes: what is read.
-        files: what may have been labelled: also dates of the place that turned out to be of no use.
+        dates: the files, each with its day.
+        bands, dtype: as which they are read.
+        shape, metres: of all of them.
     """
 
-    group: str
-    probes: list[Probe]
-    files: tuple[SourceFile, ...]
-
-    @property
-    def source(self) -> str:
-        return self.probes[0].path
-
-    @property
-    def dates(self) -> Dates:
-        return [(probe.path, float(probe.day or 0)) for probe in self.probes]
+    dates: tuple[tuple[str, float], ...]
+    bands: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, int]
+    metres: tuple[float, float] | None
 
 
-def build_index(
-    paths: Sequence[Path], options: RemoteSensingOptions, skipped: SkippedLog, progress: Progress
-) -> SampleIndex:
-    """As ``Domain.build_index``.
-
-    Files whose bands differ: without ``data.bands``, the set that most files have decides (of equally frequent sets the
-    larger, then the one met first); a file that lacks a band of it is skipped, one that has more is read by name.
-
-    Every window is read once: that is how nodata, damaged regions and the statistics are known before training. A
-    raster smaller than a window has one window, padded with invalid pixels. The last row and column of windows are
-    moved back to end at the raster's edge.
-    """
+def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: SkippedLog) -> Sources:
+    """Every file that has a place, and a date if these are series. What is known of one date holds for its place."""
     files = find_files(paths, SUFFIXES, "rasters")
-    placed = []
+    placed: list[tuple[SourceFile, str, float | None]] = []
     for file in files:
         try:
             placed.append((file, *_place_and_day(file, options)))
         except ReadFailure as failure:
             skipped.add_failure(failure)
     labels = assign_labels(options, paths, files, skipped, {file.path: place for file, place, _ in placed})
-    probes = []
-    for file, place, day in progress(placed, len(placed), "opening rasters"):
-        try:
-            probes.append(_probe(file, place, day, options))
-        except ReadFailure as failure:
-            skipped.add_failure(failure)
+    together: dict[str, list[SourceFile]] = {}
+    for file, place, _ in placed:
+        together.setdefault(place if options.series else str(file.path), []).append(file)
+    known = {key: labels.of(*members) for key, members in together.items()}
+    tasks = [
+        SourceTask.of(file, known[place if options.series else str(file.path)], {"place": place, "day": day})
+        for file, place, day in placed
+    ]
+    return Sources(tasks, {"labels": labels.summary()})
+
+
+def index_raster(task: SourceTask, options: RemoteSensingOptions) -> SourceRows:
+    """First what a file says of itself; then, once all files have been heard, the windows.
+
+    Raises:
+        ReadFailure: if it cannot be used.
+    """
+    if "dates" not in task.details:
+        return SourceRows(None, asdict(_probe(task, options)))
+    return _windows(task, Unit(**{key: _frozen(value) for key, value in task.details.items()}), options)
+
+
+def settle(found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped: SkippedLog) -> list[SourceTask]:
+    """What windows are cut from, and as what it is read.
+
+    Files whose bands differ: without ``data.bands``, the set that most files have decides (of equally frequent sets the
+    larger, then the one met first); a file that lacks a band of it is skipped, one that has more is read by name.
+    """
+    tasks = {source.task.path: source.task for source in found}
+    probes = [_recalled(source.facts) for source in found]
     bands = options.wanted_bands or _common_bands(probes)
     probes = _with_bands(probes, bands, options, skipped)
-    units = _units(probes, options, skipped)
     dtype = _common_dtype(probes, options)
+    settled = []
+    for members in _units(probes, options, skipped):
+        first = members[0]
+        unit = Unit(tuple((probe.path, probe.day or 0.0) for probe in members), bands, dtype, first.shape, first.metres)
+        others = tuple(probe.path for probe in members[1:])
+        settled.append(SourceTask(first.path, first.place, tasks[first.path].known, others, asdict(unit)))
+    return settled
 
-    tables: list[pa.Table] = []
-    kept: list[Unit] = []
-    notes = [labels.of(*unit.files) for unit in units]
-    for unit, note in progress(list(zip(units, notes, strict=True)), len(units), "reading windows"):
-        table = _windows(unit, bands, dtype, options, skipped, note)
-        if table is not None:
-            tables.append(table)
-            kept.append(unit)
 
-    metres = [unit.probes[0].metres for unit in kept]
+def describe(
+    index: SampleIndex, found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped: SkippedLog
+) -> dict[str, Any]:
+    """The metadata of an index."""
+    facts = [source.facts for source in found]
+    metres = [fact["metres"] for fact in facts]
     metadata: dict[str, Any] = {
-        "domain": "remote_sensing",
-        "options": options.model_dump(mode="json"),
-        "bands": list(bands),
-        "dtype": dtype,
+        "bands": facts[0]["bands"] if facts else [],
+        "dtype": facts[0]["dtype"] if facts else "float32",
         "spacing": _common_spacing(metres, options),
-        "spaced": bool(kept) and all(size is not None for size in metres),
-        "dates": max((len(unit.probes) for unit in kept), default=0),
-        "series": {unit.source: [list(date) for date in unit.dates] for unit in kept} if options.series else {},
-        "labels": labels.summary(),
+        "spaced": bool(facts) and all(size is not None for size in metres),
+        "dates": max((len(fact["dates"]) for fact in facts), default=0),
+        "series": {fact["dates"][0][0]: fact["dates"] for fact in facts} if options.series else {},
     }
-    index = join_tables(tables, metadata)
-    index.metadata["statistics"] = _statistics(index, options, skipped)
-    return index
+    metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
+    return metadata
 
 
 def reader_of(index: SampleIndex, options: RemoteSensingOptions) -> RasterReader:
@@ -140,8 +151,8 @@ def reader_of(index: SampleIndex, options: RemoteSensingOptions) -> RasterReader
     return RasterReader(options, tuple(facts["bands"]), facts["dtype"], facts["spaced"], series)
 
 
-def _probe(file: SourceFile, place: str, day: float | None, options: RemoteSensingOptions) -> Probe:
-    raster = open_raster(str(file.path), options)
+def _probe(task: SourceTask, options: RemoteSensingOptions) -> Probe:
+    raster = open_raster(task.path, options)
     try:
         if options.gsd is not None and raster.metres is None:
             raise ReadFailure(
@@ -151,20 +162,27 @@ def _probe(file: SourceFile, place: str, day: float | None, options: RemoteSensi
                 "Georeference it with `gdal_edit -a_srs -a_ullr`, or leave data.gsd empty to read native pixels.",
             )
         return Probe(
-            file,
+            task.path,
             tuple(raster.bands),
             raster.named,
             raster.dtype,
             raster.tagged is not None,
-            raster.height,
-            raster.width,
+            (raster.height, raster.width),
             raster.metres,
             raster.grid,
-            place,
-            day,
+            **task.details,
         )
     finally:
         raster.close()
+
+
+def _recalled(facts: dict[str, Any]) -> Probe:
+    return Probe(**{key: _frozen(value) for key, value in facts.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """With tuples for lists, so that it can be a key."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _place_and_day(file: SourceFile, options: RemoteSensingOptions) -> tuple[str, float | None]:
@@ -222,9 +240,10 @@ def _with_bands(
     return usable
 
 
-def _units(probes: Sequence[Probe], options: RemoteSensingOptions, skipped: SkippedLog) -> list[Unit]:
+def _units(probes: Sequence[Probe], options: RemoteSensingOptions, skipped: SkippedLog) -> list[list[Probe]]:
+    """Files that are read together, in the order of their dates."""
     if not options.series:
-        return [Unit(probe.place, [probe], (probe.file,)) for probe in probes]
+        return [[probe] for probe in probes]
     places: dict[str, list[Probe]] = {}
     for probe in probes:
         places.setdefault(probe.place, []).append(probe)
@@ -251,7 +270,7 @@ def _units(probes: Sequence[Probe], options: RemoteSensingOptions, skipped: Skip
                 )
             else:
                 taken[day] = probe
-        units.append(Unit(place, list(taken.values()), tuple(member.file for member in members)))
+        units.append(list(taken.values()))
     return units
 
 
@@ -273,74 +292,89 @@ def _common_spacing(metres: Sequence[tuple[float, float] | None], options: Remot
     return [float(value) for value in known.mean(0)]
 
 
-def _windows(
-    unit: Unit,
-    bands: tuple[str, ...],
-    dtype: str,
-    options: RemoteSensingOptions,
-    skipped: SkippedLog,
-    note: SourceLabel,
-) -> pa.Table | None:
-    """The rows of one unit; ``None``, and a reason, where it has none. A date that fails is taken out of its series."""
-    group = note.group or unit.group
-    while unit.probes:
-        first = unit.probes[0]
-        step = (1.0, 1.0)
-        if options.gsd is not None and first.metres is not None:
-            step = (options.gsd / first.metres[0], options.gsd / first.metres[1])
-        extent = (options.size * step[0], options.size * step[1])
-        reach = min(1.0, first.height / extent[0]) * min(1.0, first.width / extent[1])
-        if reach < max(options.min_valid, SMALLEST_SHARE):
-            skipped.add(
-                first.path,
-                "windows",
-                f"its {first.height}x{first.width} pixels fill {reach:.0%} of a window of "
-                f"{extent[0]:.0f}x{extent[1]:.0f} pixels. Make data.size, data.gsd or data.min_valid smaller.",
-            )
-            return None
-        stride = options.stride or options.size
-        corners = window_grid((first.height, first.width), extent, (stride * step[0], stride * step[1]), edges="shift")
-        dates = len(unit.probes)
-        if options.series:
-            corners = np.concatenate([np.zeros((len(corners), 1)), corners], axis=1)
-            extent = (float(dates), *extent)  # type: ignore[assignment]
-        spacing: tuple[float, ...] = first.metres or ()
-        if spacing and options.series:
-            spacing = (1.0, *spacing)
-        series = {unit.source: unit.dates} if options.series else {}
-        reader = RasterReader(options, bands, dtype, series=series)
-        content = np.full(len(corners), np.nan)
-        failures: list[ReadFailure] = []
-        for row, corner in enumerate(corners):
-            try:
-                sample = reader.read(Window(unit.source, group, tuple(corner), extent, spacing))
-            except ReadFailure as failure:
-                failures.append(failure)
-                if options.series:
-                    break
-                continue
-            content[row] = 1.0 if sample.valid is None else float(sample.valid.mean())
-        reader.close()
-        if failures and options.series:
-            skipped.add_failure(failures[0])
-            unit.probes = [probe for probe in unit.probes if probe.path != failures[0].path]
+def _windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
+    """The windows of one unit. A date that fails is taken out of its series.
+
+    Every window is read once: that is how nodata and damaged regions are known before training. A raster smaller than a
+    window has one window, padded with invalid pixels. The last row and column of windows are moved back to end at the
+    raster's edge.
+
+    Raises:
+        ReadFailure: if it has none.
+    """
+    notes: list[Skipped] = []
+    while unit.dates:
+        try:
+            found = _windows_of_dates(task, unit, options)
+            return replace(found, notes=(*notes, *found.notes))
+        except ReadFailure as failure:
+            dates = tuple(date for date in unit.dates if date[0] != failure.path)
+            notes.append(Skipped.of(failure))
+            if failure.stage == WINDOWS or len(dates) == len(unit.dates):
+                break
+            unit = replace(unit, dates=dates)
+    return SourceRows.unused(*notes)
+
+
+def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
+    """
+    Raises:
+        ReadFailure: of the stage ``WINDOWS`` if there are none worth reading; of another if a file cannot be read.
+    """
+    source = unit.dates[0][0]
+    (height, width), metres = unit.shape, unit.metres
+    step = (1.0, 1.0)
+    if options.gsd is not None and metres is not None:
+        step = (options.gsd / metres[0], options.gsd / metres[1])
+    extent: tuple[float, ...] = (options.size * step[0], options.size * step[1])
+    reach = min(1.0, height / extent[0]) * min(1.0, width / extent[1])
+    if reach < max(options.min_valid, SMALLEST_SHARE):
+        raise ReadFailure(
+            source,
+            WINDOWS,
+            f"its {height}x{width} pixels fill {reach:.0%} of a window of {extent[0]:.0f}x{extent[1]:.0f} pixels.",
+            "Make data.size, data.gsd or data.min_valid smaller.",
+        )
+    stride = options.stride or options.size
+    corners = window_grid((height, width), extent, (stride * step[0], stride * step[1]), edges="shift")
+    spacing: tuple[float, ...] = metres or ()
+    series: dict[str, Dates] = {}
+    if options.series:
+        corners = np.concatenate([np.zeros((len(corners), 1)), corners], axis=1)
+        extent = (float(len(unit.dates)), *extent)
+        spacing = (1.0, *spacing) if spacing else ()
+        series = {source: unit.dates}
+    reader = RasterReader(options, unit.bands, unit.dtype, series=series)
+    content = np.full(len(corners), np.nan)
+    failures: list[ReadFailure] = []
+    for row, corner in enumerate(corners):
+        try:
+            sample = reader.read(Window(source, task.group, tuple(corner), extent, spacing))
+        except ReadFailure as failure:
+            if options.series:
+                reader.close()
+                raise
+            failures.append(failure)
             continue
-        if failures:
-            worst = failures[0]
-            count = f"{len(failures)} of {len(corners)} windows left out: "
-            skipped.add(worst.path, worst.stage, f"{count}{worst.reason} {worst.hint}".strip())
-        good = (content >= options.min_valid) & (content > 0)
-        if not good.any():
-            if np.isfinite(content).any():
-                skipped.add(
-                    unit.source,
-                    "windows",
-                    f"no window has {options.min_valid:.0%} valid values; the best has {np.nanmax(content):.0%}. "
-                    "If that is enough, lower data.min_valid; if valid pixels are taken for nodata, correct the file.",
-                )
-            return None
-        return window_table(unit.source, group, corners[good], extent, spacing, content[good], note.label, note.split)
-    return None
+        content[row] = 1.0 if sample.valid is None else float(sample.valid.mean())
+    reader.close()
+    notes = []
+    if failures:
+        worst = failures[0]
+        count = f"{len(failures)} of {len(corners)} windows left out: "
+        notes.append(Skipped(worst.path, worst.stage, f"{count}{worst.reason} {worst.hint}".strip()))
+    good = (content >= options.min_valid) & (content > 0)
+    if not good.any():
+        if np.isfinite(content).any():
+            hint = "If that is enough, lower data.min_valid; if valid pixels are taken for nodata, correct the file."
+            reason = (
+                f"no window has {options.min_valid:.0%} valid values; the best has {np.nanmax(content):.0%}. {hint}"
+            )
+            notes.append(Skipped(source, WINDOWS, reason))
+        return SourceRows.unused(*notes)
+    facts = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
+    rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good])
+    return SourceRows(rows, facts, tuple(notes))
 
 
 def _statistics(index: SampleIndex, options: RemoteSensingOptions, skipped: SkippedLog) -> list[list[float]]:

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator
 
-from fmsuite.core.data.index import SampleIndex, Window
+from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec, rgb_channels
-from fmsuite.domains.base import Domain, DomainOptions, Overview, Progress, Units, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.svg.augmentation import SvgAugmentation
 from fmsuite.domains.svg.example import write_example
 from fmsuite.domains.svg.render import Rgba, colour
 from fmsuite.domains.svg.safety import Limits
 from fmsuite.domains.svg.sample import SvgReader
-from fmsuite.domains.svg.worker import Drawn, RenderWorker
-from fmsuite.errors import ReadFailure, UsageError
-from fmsuite.tiling.labels import LabelOptions, assign_labels
+from fmsuite.domains.svg.worker import RenderWorker
+from fmsuite.errors import UsageError
+from fmsuite.tiling.labels import LabelOptions
 from fmsuite.tiling.preview import contact_sheet
-from fmsuite.tiling.sources import find_files
 from fmsuite.tiling.table import spread_rows
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
 
 SUFFIXES = (".svg", ".svgz")
 SHEET_DRAWINGS = 144
@@ -50,7 +47,7 @@ class SvgOptions(DomainOptions, LabelOptions):
         mirror: drawings may be mirrored by augmentation; leave it off for letters, flags and directions.
         mean, std: channel statistics on a 0-1 scale; ImageNet's, so that public encoders see what they expect.
         timeout_s: seconds that one drawing may take to render.
-        workers: processes that try the drawings; -1 chooses from the cores.
+        workers: processes that try the drawings, where one process looks at them; -1 chooses from the cores.
         max_bytes, max_elements, max_drawn, max_depth, max_side, max_image_pixels: see ``safety.Limits``.
     """
 
@@ -102,74 +99,51 @@ class SvgDomain(Domain):
     Options: ClassVar[type[DomainOptions]] = SvgOptions
     default_recipe: ClassVar[str] = "svg-mae"
     units: ClassVar[Units] = Units(window="drawing", source="drawing")
+    free_options: ClassVar[frozenset[str]] = frozenset({"workers"})
 
     options: SvgOptions
 
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        """Every drawing that renders within the limits, each a window (y, x) in its root's user units.
+    def __init__(self, options: DomainOptions) -> None:
+        super().__init__(options)
+        self._idle: list[RenderWorker] = []
 
-        ``content`` is the share of pixels that differ from the background. Metadata: ``options``, and ``not_drawn``,
-        the number of drawings that use each element which CairoSVG leaves out.
+    @property
+    def at_once(self) -> int:
+        return self.options.workers if self.options.workers > 0 else min(os.cpu_count() or 1, 8)
+
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        return labelled_sources(self.options, paths, SUFFIXES, "SVG drawings", skipped)
+
+    def index_source(self, task: SourceTask) -> SourceRows:
+        """The one window of a drawing that renders within the limits, (y, x) in its root's user units.
+
+        ``content`` is the share of pixels that differ from the background.
         """
-        files = find_files(paths, SUFFIXES, "SVG drawings")
-        labels = assign_labels(self.options, paths, files, skipped)
-        windows, left_out = [], Counter[str]()
-        results = self._try_all([str(file.path) for file in files])
-        with contextlib.closing(results):
-            for file, result in zip(files, progress(results, len(files), "rendering drawings"), strict=True):
-                if isinstance(result, ReadFailure):
-                    skipped.add_failure(result)
-                    continue
-                left_out.update(result.not_drawn.keys())
-                row = labels.of(file)
-                side = result.canvas.side
-                windows.append(
-                    Window(
-                        source=str(file.path),
-                        group=row.group or file.group,
-                        position=result.canvas.corner,
-                        extent=(side, side),
-                        content=result.content,
-                        label=row.label,
-                        split=row.split,
-                    )
-                )
-        metadata = {
-            "domain": self.name,
-            "options": self.options.model_dump(mode="json"),
-            "not_drawn": dict(sorted(left_out.items())),
-            "labels": labels.summary(),
-        }
-        return SampleIndex.from_windows(windows, metadata)
-
-    def _try_all(self, paths: list[str]) -> Generator[Drawn | ReadFailure, None, None]:
-        """The outcome for each path, in order."""
-        options = self.options
-        count = options.workers if options.workers > 0 else min(os.cpu_count() or 1, 8)
-        count = max(1, min(count, len(paths)))
-        workers = [
-            RenderWorker(options.size, options.background_rgba, options.limits, options.timeout_s) for _ in range(count)
-        ]
-        idle: SimpleQueue[RenderWorker] = SimpleQueue()
-        for worker in workers:
-            idle.put(worker)
-
-        def attempt(path: str) -> Drawn | ReadFailure:
-            worker = idle.get()
-            try:
-                return worker.try_file(path)
-            except ReadFailure as failure:
-                return failure
-            finally:
-                idle.put(worker)
-
-        pool = ThreadPoolExecutor(count)
+        worker = self._worker()
         try:
-            yield from pool.map(attempt, paths)
+            drawn = worker.try_file(task.path)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            for worker in workers:
-                worker.close()
+            self._idle.append(worker)
+        canvas = drawn.canvas
+        rows = task.rows(np.array([canvas.corner]), (canvas.side, canvas.side), content=drawn.content)
+        return SourceRows(rows, {"not_drawn": sorted(drawn.not_drawn)})
+
+    def _worker(self) -> RenderWorker:
+        """One that no other thread uses."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            options = self.options
+            return RenderWorker(options.size, options.background_rgba, options.limits, options.timeout_s)
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
+        """``not_drawn``: the number of drawings that use each element which CairoSVG leaves out."""
+        left_out = Counter(name for source in found for name in source.facts["not_drawn"])
+        return {"not_drawn": dict(sorted(left_out.items()))}
 
     def input_spec(self, index: SampleIndex) -> InputSpec:
         """RGB, 8 bits, scaled by 1/255, then ``mean`` and ``std``. Spacing is not physical, and is left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
@@ -56,6 +56,7 @@ class VectorSample(Sample):
         transform: an affine map of the drawing in root user units, or ``None``.
         colours: a map of its colours, or ``None``.
         stroke_factor: multiplies every stroke width.
+        failed: told the path if the drawing cannot be rendered.
     """
 
     path: str
@@ -64,6 +65,7 @@ class VectorSample(Sample):
     transform: Matrix | None = None
     colours: ColourMap | None = None
     stroke_factor: float = 1.0
+    failed: Callable[[str], object] | None = None
 
     @property
     def size(self) -> tuple[float, ...]:
@@ -95,6 +97,8 @@ class VectorSample(Sample):
                 self.colours,
             )
         except Exception as error:
+            if self.failed is not None:
+                self.failed(self.path)
             raise render_failure(self.path, error) from error
         return ArraySample(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
@@ -160,7 +164,9 @@ class SvgReader:
         canvas = document.canvas
         found = (*canvas.corner, canvas.side, canvas.side)
         if not np.allclose(found, (*window.position, *window.extent), rtol=1e-6, atol=1e-6):
+            # Should the file be put right, it is to be read again.
+            self._documents.discard(window.source)
             raise ReadFailure(
                 window.source, "read", "the drawing has changed since the index was made", "Build the index again."
             )
-        return VectorSample(window.source, document, self.background)
+        return VectorSample(window.source, document, self.background, failed=self._documents.discard)

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -27,6 +28,8 @@ from fmsuite.errors import FmsuiteError, ReadFailure
 
 START_TIMEOUT = 120.0
 """Seconds that a child may take to import its libraries; a busy machine is no fault of a file's."""
+
+_LOOK_EVERY_S = 0.5
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of address space that a child may use."""
@@ -187,12 +190,13 @@ def serve() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _limit_memory()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     settings = json.loads(sys.stdin.readline())
     limits = Limits(**settings["limits"])
     _answer(answers, {})
     for line in sys.stdin:
         path = json.loads(line)["path"]
-        # Should the parent die without killing this process, the system does it.
+        # Should the parent not ask for this process's end, the system sees to it.
         signal.alarm(math.ceil(settings["timeout"]) + 10)
         try:
             found = draw(load(path, limits), path, settings["size"], tuple(settings["background"]))
@@ -206,6 +210,13 @@ def serve() -> None:
 def _answer(answers: TextIO, message: dict[str, Any]) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, in the middle of a drawing too."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(0)
 
 
 def _limit_memory() -> None:

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
 from fmsuite.core.backbones.config import VIT_SIZES
-from fmsuite.core.backbones.layers import Attention, Block, DropPath, Mlp, SwiGlu, mlp_hidden
+from fmsuite.core.backbones.layers import Attention, Block, Mlp, SwiGlu, mlp_hidden
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
@@ -53,28 +53,12 @@ def test_published_mlp_widths() -> None:
     assert SwiGlu(8, 16).fc1.weight.shape == (32, 8)
 
 
-def test_drop_path_with_keys_does_not_depend_on_the_batch() -> None:
-    layer = DropPath(0.4, salt=3).train()
-    x, keys = torch.ones(64, 2, 3), torch.arange(64)
-    together = layer(x, keys)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    apart = torch.cat([layer(x[part], keys[part]) for part in order.split(5)])
-    torch.testing.assert_close(together[order], apart, atol=0, rtol=0)
-    assert set(together.flatten().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
-
-
-def test_drop_path_drops_its_share_and_differs_between_layers() -> None:
-    keys = torch.arange(20_000)
-    x = torch.ones(20_000, 1)
-    first, second = (DropPath(0.3, salt).train()(x, keys) > 0 for salt in (0, 1))
-    # Binomial standard deviation 0.0032; four of them.
-    assert abs(first.float().mean().item() - 0.7) < 0.013
-    assert abs((first & second).float().mean().item() - 0.49) < 0.015
-
-
-def test_drop_path_without_keys_draws_and_rests_in_evaluation() -> None:
+def test_queries_give_the_same_as_all_tokens_do() -> None:
     torch.manual_seed(0)
-    layer = DropPath(0.5, 0)
-    x = torch.ones(200, 1)
-    assert 60 < int((layer.train()(x) > 0).sum()) < 140
-    assert torch.equal(layer.eval()(x), x)
+    block, x = Block(24, 3, layer_scale=0.7, qkv_bias=False).train(), torch.randn(4, 9, 24)
+    mask = torch.rand(4, 9) > 0.3
+    ids = torch.rand(4, 9).argsort(1)[:, :5]
+    expected = block(x, key_mask=mask).gather(1, ids[..., None].expand(-1, -1, 24))
+    torch.testing.assert_close(block(x, key_mask=mask, queries=ids), expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="plain attention only"):
+        block(x, position_bias=torch.zeros(3, 9, 9), queries=ids)

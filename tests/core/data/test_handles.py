@@ -41,7 +41,7 @@ def test_an_open_file_is_reused_and_the_least_recently_used_one_is_closed() -> N
     cache.get("b")
     assert cache.get("a") is first
     cache.get("c")
-    assert events == ["open a", "open b", "open c", "close b"]
+    assert events == ["open a", "open b", "close b", "open c"]
     assert cache.get("a") is first
 
 
@@ -62,13 +62,32 @@ def test_a_file_that_does_not_open_is_not_remembered() -> None:
     assert len(cache._open) == 0
 
 
-def test_close_closes_everything() -> None:
+def test_close_closes_everything_and_goes_on_past_one_that_fails() -> None:
     cache = HandleCache(opener, closer)
     cache.get("a")
     cache.get("b")
     cache.close()
     cache.close()
-    assert events == ["open a", "open b", "close a", "close b"]
+    assert sorted(events) == ["close a", "close b", "open a", "open b"]
+    closed: list[str] = []
+
+    def stubborn(handle: Handle) -> None:
+        closed.append(handle.path)
+        if handle.path == "b":
+            raise OSError("b does not close")
+
+    cache = HandleCache(opener, stubborn)
+    for path in "abc":
+        cache.get(path)
+    with pytest.raises(OSError, match="b does not close"):
+        cache.close()
+    assert sorted(closed) == ["a", "b", "c"]
+    assert len(cache._open) == 0
+
+
+def test_a_cache_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 open files"):
+        HandleCache(opener, closer, limit=0)
 
 
 def test_handles_do_not_travel_in_a_pickle() -> None:

@@ -460,3 +460,57 @@ def test_cells_that_cannot_be_are_refused(change: dict) -> None:
 def test_time_is_not_divided() -> None:
     with pytest.raises(ValueError, match="divides the axes"):
         ViewPipeline([ViewRequest("a", (4, 4, 4), cells=(2, 1, 1))], NoAugmentation(), None, SERIES.axes, seed=0)
+
+
+def test_a_view_brings_the_label_maps_that_its_request_names() -> None:
+    request = ViewRequest("crop", (8, 8), scale=(0.2, 0.8), augment="none", maps=("organ",))
+
+    def sample(seed: int) -> ArraySample:
+        values = image(seed).values
+        return ArraySample(values, maps={"organ": values[0].copy(), "unasked": values[1]})
+
+    items = []
+    for seed in range(2):
+        views = pipeline(request)(sample(seed), SampleKey(0, seed))
+        items.append(Item(views, seed, -1))
+    view = collate(items).views["crop"][0]
+    assert list(view.maps) == ["organ"]
+    assert view.maps["organ"].shape == (2, 8, 8)
+    assert view[1:].maps["organ"].shape == (1, 8, 8)
+    for row, item in enumerate(items):
+        cut = sample(row).crop(*_box(request, sample(row), SampleKey(0, row)), (8, 8))
+        assert np.array_equal(view.maps["organ"][row].numpy(), cut.maps["organ"])
+        assert np.array_equal(item.views["crop"][0].values, cut.values)
+
+
+def _box(request: ViewRequest, sample: ArraySample, key: SampleKey):
+    from fmsuite.core.data.crop import random_box
+
+    draw = generator(0, "view", key.epoch, key.index, key.attempt, request.name, 0)
+    return random_box(sample.size, request.scale, request.ratio, (0, 1), draw)
+
+
+def test_label_maps_of_shorter_series_are_padded_and_marked() -> None:
+    def item(length: int) -> Item:
+        values = np.ones((2, length, 8, 8), dtype=np.uint8)
+        sample = ArraySample(values, maps={"water": np.full(values.shape[1:], 3, dtype=np.int16)})
+        request = ViewRequest("crop", (0, 8, 8), augment="none", maps=("water",))
+        return Item(ViewPipeline([request], NoAugmentation(), None, SERIES.axes, 0)(sample, SampleKey(0, 0)), 0, -1)
+
+    view = collate([item(2), item(4)]).views["crop"][0]
+    assert view.maps["water"].dtype == torch.int16
+    assert view.valid is not None
+    assert torch.equal(view.maps["water"] == 3, view.valid[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("maps", "words"),
+    [
+        ({}, "asks for the label map 'organ', and the reader gave: none"),
+        ({"organ": np.zeros((24, 24))}, "is float64, not integers"),
+    ],
+)
+def test_label_maps_that_are_missing_or_no_labels_are_caught(maps: dict, words: str) -> None:
+    request = ViewRequest("crop", (24, 24), augment="none", maps=("organ",))
+    with pytest.raises(ValueError, match=words):
+        pipeline(request)(replace(image(), maps=maps), SampleKey(0, 0))

@@ -86,3 +86,12 @@ def test_a_pinned_batch_holds_the_same_values() -> None:
     assert pinned.indices.is_pinned()
     assert torch.equal(pinned.views["a"][0].pixels, batch.views["a"][0].pixels)
     assert torch.equal(pinned.views["a"][0].coords["time"], batch.views["a"][0].coords["time"])
+
+
+def test_label_maps_follow_their_view() -> None:
+    views = [view(0), view(1)]
+    for number, each in enumerate(views):
+        each.maps = {"organ": torch.full((3, 4, 4), number)}
+    joined = View.cat(views)
+    assert joined.maps["organ"][:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert joined[2:4].map(lambda tensor: tensor + 1).maps["organ"][:, 0, 0].tolist() == [1, 2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmsuite.core.backbones import cross_attention, layers
+from fmsuite.core.backbones import cross_attention, packing
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.positions import Rotary
 from fmsuite.core.backbones.vit import VisionTransformer
@@ -91,7 +91,7 @@ def test_prediction_loss_and_gradients_are_the_public_codes_given_its_positions(
     for module in objective.modules():
         if isinstance(module, torch.nn.RMSNorm):
             module.eps = 1e-5
-    for module in (layers, cross_attention):
+    for module in (packing, cross_attention):
         monkeypatch.setattr(module, "rotate", rotation)
     monkeypatch.setattr(VisionTransformer, "_rotary", lambda self, layout: rotation.places(layout, 16))
     monkeypatch.setattr(CAPI, "_rotary", lambda self, layout, prefix: rotation.places(layout, prefix))

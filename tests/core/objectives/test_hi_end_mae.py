@@ -84,7 +84,7 @@ def test_what_the_decoder_reads_its_output_and_the_loss_equal_the_reference(load
         rows = theirs[..., None].expand(-1, -1, 24)
         torch.testing.assert_close(found[:, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found[:, 1:], expected[:, 1:].gather(1, rows), atol=1e-5, rtol=1e-5)
-    tokens, _ = objective.place_tokens(visible.features, visible.ids, None, visible.layout)
+    tokens, _ = objective.place_tokens(visible)
     torch.testing.assert_close(tokens[:, 0], reference["read"][12][:, 0], atol=1e-5, rtol=1e-5)
     rows = order[..., None]
     found = tokens[:, 1:].gather(1, rows.expand(-1, -1, 24))
@@ -142,10 +142,10 @@ def test_only_visible_valid_tokens_are_read(toys):
     valid = visible.features.layout.valid
     assert not valid[1].all()
     assert objective.contexts(visible.features)[0].shape[1] == 1 + 2 + valid.shape[1]
-    expected = objective.decode(visible.features, visible.ids, visible.keep_valid, visible.layout)
+    expected = objective.decode(visible)
     junk = tuple(torch.where(valid[..., None], each, 9.0) for each in visible.features.intermediate)
     changed = replace(visible.features, intermediate=junk)
-    assert torch.equal(objective.decode(changed, visible.ids, visible.keep_valid, visible.layout), expected)
+    assert torch.equal(objective.decode(replace(visible, features=changed)), expected)
 
 
 def test_each_block_reads_its_own_depth(toys):

@@ -22,6 +22,7 @@ from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.core.objectives.base import Objective, ObjectiveConfig, StepContext
 from fmsuite.core.seeding import generator
 from fmsuite.core.tokens import PatchGrid
+from fmsuite.core.training.checkpoint import load_checkpoint
 from fmsuite.core.training.config import MonitorConfig, OptimConfig, TrainingConfig
 from fmsuite.core.training.loop import RunFolder, TrainResult, train
 
@@ -220,11 +221,7 @@ def skipped_window(number: int) -> SkippedWindow:
 
 
 def final_state(folder: Path, step: int) -> dict[str, Tensor]:
-    content = torch.load(folder / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
-    state = {f"objective.{name}": value for name, value in content["objective"].items()}
-    for number, moments in content["optimizer"]["state"].items():
-        state |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return state
+    return load_checkpoint(folder / "checkpoints" / f"step-{step:08d}").state
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,8 @@ from fmsuite.core.data.sample import Batch
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.objectives.base import StepContext
 from fmsuite.core.training import interrupt, metrics
-from fmsuite.core.training.loop import RunFolder, split_batch
+from fmsuite.core.training.accumulation import split_batch
+from fmsuite.core.training.loop import RunFolder
 from fmsuite.core.training.metrics import read_metrics
 from fmsuite.errors import FmsuiteError, UsageError
 from tests.core.training.helpers import (
@@ -63,8 +64,8 @@ def test_the_toy_learns_and_leaves_metrics_and_checkpoints(tmp_path: Path) -> No
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["loss/agree"] + lines[-1]["loss/classify"], rel=1e-5)
     assert (result.step, result.interrupted) == (60, False)
     assert result.metrics["loss"] == lines[-1]["loss"]
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000050.pt", "step-00000060.pt"]
-    assert result.checkpoint.name == "step-00000060.pt"
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000050", "step-00000060"]
+    assert result.checkpoint.name == "step-00000060"
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path: Path) 
     assert "step 7" in message
     assert "agree is nan" in message
     assert "classify" not in message
-    assert "step-00000004.pt is intact" in message
+    assert "step-00000004 is intact" in message
     assert "optim.lr" in message
     state = final_state(tmp_path, 4)
     assert all(value.isfinite().all() for value in state.values())

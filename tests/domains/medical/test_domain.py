@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.processing import resample_from_to
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.base import load_domain
@@ -59,7 +60,7 @@ def test_a_windows_content_is_what_nibabel_reads_at_its_place(save, gridded, ori
     values, affine = gridded(hounsfield, orientation, (1.0, 0.9, 1.5), field=30)
     path = save("a.nii.gz", values, affine)
     domain = MedicalDomain(MedicalOptions(modality="ct", spacing=spacing, size=(6, 8, 10)))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     reader = domain.reader(index)
     image = nibabel.load(path)
     canonical = nibabel.as_closest_canonical(image)
@@ -84,7 +85,7 @@ def test_mr_values_are_standardised_by_the_foreground_of_their_volume(save, grid
     values, affine = gridded(body, "RAS", field=24)
     domain = MedicalDomain(MedicalOptions(size=24))
     quiet, loud = save("quiet.nii", values, affine), save("loud.nii", values * 37.0, affine)
-    index = domain.build_index([quiet, loud], SkippedLog())
+    index = build_index(domain, [quiet, loud], SkippedLog())
     reader = domain.reader(index)
     windows = [reader.read(index.where("source", str(path))[0]) for path in (quiet, loud)]
     np.testing.assert_allclose(windows[0].values, windows[1].values, atol=1e-4)
@@ -108,7 +109,7 @@ def test_ct_keeps_hounsfield_units_and_the_spec_holds_the_window(save, gridded) 
     values, affine = gridded(hounsfield, "LPS", field=24)
     path = save("a.nii", values, affine)
     domain = MedicalDomain(MedicalOptions(modality="ct", size=12, hu_window=(-200.0, 300.0)))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     spec = domain.input_spec(index)
     scaled = np.clip((values[values > -500] + 200) / 500, 0, 1)
     assert spec.clip == (0.0, 1.0)
@@ -121,7 +122,7 @@ def test_ct_keeps_hounsfield_units_and_the_spec_holds_the_window(save, gridded) 
 def test_the_spec_says_axes_orientation_and_spacing(save, gridded, tmp_path: Path) -> None:
     save("a.nii", *gridded(body, "LPS"))
     domain = MedicalDomain(MedicalOptions(size=(8, 16, 16), spacing=(3.0, 1.0, 1.0)))
-    spec = domain.input_spec(domain.build_index([tmp_path], SkippedLog()))
+    spec = domain.input_spec(build_index(domain, [tmp_path], SkippedLog()))
     assert (spec.axes, spec.size) == (("z", "y", "x"), (8, 16, 16))
     assert (spec.spacing, spec.spacing_unit, spec.orientation) == ((3.0, 1.0, 1.0), "mm", "RAS")
     assert spec.channel_names == ("mr",)
@@ -131,7 +132,7 @@ def test_a_volume_smaller_than_a_window_is_padded_on_both_sides_and_marked(save)
     values = np.random.default_rng(0).normal(100, 10, (10, 20, 13)).astype(np.float32)
     path = save("a.nii", values)
     domain = MedicalDomain(MedicalOptions(size=16))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     sample = domain.reader(index).read(index[0])
     assert sample.values.shape == (1, 16, 16, 16)
     assert sample.valid is not None
@@ -146,7 +147,7 @@ def test_4d_files_become_named_channels_with_statistics_of_their_own(save) -> No
     random = np.random.default_rng(0)
     values = np.stack([random.normal(100, 10, (12,) * 3), random.normal(5, 1, (12,) * 3)], -1).astype(np.float32)
     domain = MedicalDomain(MedicalOptions(size=12, channels=("T1", "T2")))
-    index = domain.build_index([save("a.nii", values)], SkippedLog())
+    index = build_index(domain, [save("a.nii", values)], SkippedLog())
     sample = domain.reader(index).read(index[0])
     assert domain.input_spec(index).channel_names == ("T1", "T2")
     np.testing.assert_allclose(sample.values.mean((1, 2, 3)), 0, atol=0.05)
@@ -157,8 +158,10 @@ def test_background_windows_are_left_out(save) -> None:
     values = np.abs(np.random.default_rng(0).normal(0, 1, (40, 40, 40)))
     values[:12, :12, :12] += 100
     values[28:, 28:, 28:] += 100
-    index = MedicalDomain(MedicalOptions(size=10, min_foreground=0.5)).build_index(
-        [save("a.nii", values.astype(np.float32))], SkippedLog()
+    index = build_index(
+        MedicalDomain(MedicalOptions(size=10, min_foreground=0.5)),
+        [save("a.nii", values.astype(np.float32))],
+        SkippedLog(),
     )
     assert 2 <= len(index) <= 16
     for row in range(len(index)):
@@ -170,7 +173,7 @@ def test_background_windows_are_left_out(save) -> None:
 def test_an_index_read_back_gives_the_same_windows_and_the_reader_is_picklable(save, gridded, tmp_path: Path) -> None:
     path = save("a.nii", *gridded(body, "LPS"))
     domain = MedicalDomain(MedicalOptions(size=12, spacing=(1.5, 1.0, 1.0)))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     index.write(tmp_path / "index.parquet")
     again = SampleIndex.read(tmp_path / "index.parquet")
     assert again.hash == index.hash
@@ -192,7 +195,7 @@ def test_a_volume_is_resampled_once_for_its_windows(save, gridded, monkeypatch: 
 
     path = save("a.nii", *gridded(body, "LPS", field=30))
     domain = MedicalDomain(MedicalOptions(size=8))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     monkeypatch.setattr(module, "load_volume", counted)
     reader = domain.reader(index)
     assert len(index) > 4
@@ -203,7 +206,7 @@ def test_a_volume_is_resampled_once_for_its_windows(save, gridded, monkeypatch: 
 
 def test_a_read_window_does_not_alias_the_cached_volume(save, gridded) -> None:
     domain = MedicalDomain(MedicalOptions(size=8))
-    index = domain.build_index([save("a.nii", *gridded(body, "RAS"))], SkippedLog())
+    index = build_index(domain, [save("a.nii", *gridded(body, "RAS"))], SkippedLog())
     reader = domain.reader(index)
     first = reader.read(index[0])
     before = first.values.copy()
@@ -213,7 +216,7 @@ def test_a_read_window_does_not_alias_the_cached_volume(save, gridded) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("spacing", 2.0), ("size", 16), ("modality", "ct")])
 def test_options_that_contradict_the_index_are_refused(save, gridded, key, value) -> None:
-    index = MedicalDomain(MedicalOptions(size=8)).build_index([save("a.nii", *gridded(body, "RAS"))], SkippedLog())
+    index = build_index(MedicalDomain(MedicalOptions(size=8)), [save("a.nii", *gridded(body, "RAS"))], SkippedLog())
     with pytest.raises(UsageError, match=f"data.{key}"):
         MedicalDomain(MedicalOptions(**{"size": 8, key: value})).reader(index)
 
@@ -270,7 +273,7 @@ def test_labels_beside_the_files_are_used(save, gridded, tmp_path: Path) -> None
         ("a.nii", "ill", "p1", "train"),
         ("b.nii", "well", "p2", "test"),
     )
-    index = MedicalDomain(MedicalOptions(size=24)).build_index([tmp_path / "scans"], SkippedLog())
+    index = build_index(MedicalDomain(MedicalOptions(size=24)), [tmp_path / "scans"], SkippedLog())
     found = {Path(index[row].source).name: index[row] for row in range(len(index))}
     assert (found["a.nii"].label, found["a.nii"].group, found["a.nii"].split) == ("ill", "p1", "train")
     assert (found["b.nii"].label, found["b.nii"].group, found["b.nii"].split) == ("well", "p2", "test")
@@ -284,14 +287,14 @@ def test_a_patient_on_both_sides_of_a_split_is_refused(save, gridded, tmp_path: 
         tmp_path / "wrong.csv", ("path", "patient", "split"), ("a.nii", "p7", "train"), ("b.nii", "p7", "test")
     )
     with pytest.raises(UsageError, match="p7"):
-        MedicalDomain(MedicalOptions(labels=labels)).build_index([tmp_path], SkippedLog())
+        build_index(MedicalDomain(MedicalOptions(labels=labels)), [tmp_path], SkippedLog())
 
 
 def test_a_labels_line_without_a_volume_is_reported(save, gridded, tmp_path: Path) -> None:
     save("a.nii", *gridded(body, "RAS"))
     labels = write_labels(tmp_path / "l.csv", ("path", "label"), ("a.nii", "ill"), ("gone.nii", "well"))
     skipped = SkippedLog()
-    index = MedicalDomain(MedicalOptions(labels=labels, size=24)).build_index([tmp_path], skipped)
+    index = build_index(MedicalDomain(MedicalOptions(labels=labels, size=24)), [tmp_path], skipped)
     assert index.label_names == ["ill"]
     assert [(entry.path, entry.stage) for entry in skipped.entries] == [("gone.nii", "labels")]
 

@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
 from fmsuite.domains.medical.example import FIELD, PATIENTS, SCANS
@@ -39,7 +40,7 @@ def test_the_same_seed_makes_the_same_voxels_and_another_one_others(example: Pat
 
 def test_every_volume_gives_labelled_windows_and_splits_are_by_patient(example: Path) -> None:
     skipped = SkippedLog()
-    index = MedicalDomain(MedicalOptions()).build_index([example], skipped)
+    index = build_index(MedicalDomain(MedicalOptions()), [example], skipped)
     assert not skipped.entries
     assert len(index.sources) == PATIENTS * SCANS
     assert index.label_names == ["scattered", "solitary"]
@@ -97,7 +98,7 @@ def test_both_classes_have_the_same_mass_in_one_or_many_pieces(example: Path) ->
 def test_the_landmark_is_on_the_patients_left(example: Path) -> None:
     """A mean over patients: the tube is the only structure that they share, at x = -8 mm."""
     domain = MedicalDomain(MedicalOptions())
-    index = domain.build_index([example], SkippedLog())
+    index = build_index(domain, [example], SkippedLog())
     reader = domain.reader(index)
     mean = np.mean([reader.volume(source).values[0][8:24, 16:20].mean((0, 1))[:30] for source in index.sources], axis=0)
     middle = FIELD / 2

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
@@ -138,7 +139,7 @@ def test_a_bad_file_is_skipped_with_reason_and_the_good_one_is_used(save, tmp_pa
     bad = make(save)
     good = save("good.nii.gz", noise(16, 16, 16))
     skipped = SkippedLog()
-    index = MedicalDomain(MedicalOptions(size=8)).build_index([tmp_path], skipped)
+    index = build_index(MedicalDomain(MedicalOptions(size=8)), [tmp_path], skipped)
     assert index.sources == [str(good)]
     assert [entry.path for entry in skipped.entries] == [str(bad)]
     assert reason in skipped.entries[0].reason
@@ -148,22 +149,22 @@ def test_a_bad_file_is_skipped_with_reason_and_the_good_one_is_used(save, tmp_pa
 def test_strict_makes_it_an_error(save, tmp_path: Path) -> None:
     text(save)
     with pytest.raises(FmsuiteError, match=r"bad\.nii"):
-        MedicalDomain(MedicalOptions()).build_index([tmp_path], SkippedLog(strict=True))
+        build_index(MedicalDomain(MedicalOptions()), [tmp_path], SkippedLog(strict=True))
 
 
 def test_an_empty_folder_and_a_missing_path_are_wrong_use(tmp_path: Path) -> None:
     domain = MedicalDomain(MedicalOptions())
     with pytest.raises(UsageError, match="NIfTI"):
-        domain.build_index([tmp_path], SkippedLog())
+        build_index(domain, [tmp_path], SkippedLog())
     with pytest.raises(UsageError, match="nowhere"):
-        domain.build_index([tmp_path / "nowhere"], SkippedLog())
+        build_index(domain, [tmp_path / "nowhere"], SkippedLog())
 
 
 def test_an_unknown_orientation_can_be_assumed(save) -> None:
     values = noise(12, 12, 12)
     path = save("a.nii", values, code=0)
     domain = MedicalDomain(MedicalOptions(size=12, unknown_orientation="assume"))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     window = domain.reader(index).read(index[0])
     expected = np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj).transpose(2, 1, 0)
     assert np.corrcoef(window.values.ravel(), expected.ravel())[0, 1] > 0.99
@@ -172,14 +173,14 @@ def test_an_unknown_orientation_can_be_assumed(save) -> None:
 def test_volumes_that_are_not_in_hounsfield_units_are_refused_as_ct(save) -> None:
     path = save("a.nii", noise(16, 16, 16))
     skipped = SkippedLog()
-    MedicalDomain(MedicalOptions(modality="ct", size=8)).build_index([path], skipped)
+    build_index(MedicalDomain(MedicalOptions(modality="ct", size=8)), [path], skipped)
     assert "not Hounsfield units" in skipped.entries[0].reason
 
 
 def test_a_file_that_goes_bad_after_indexing_fails_to_read(save) -> None:
     path = save("a.nii.gz", noise(16, 16, 16))
     domain = MedicalDomain(MedicalOptions(size=8))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     path.write_bytes(path.read_bytes()[:2000])
     reader = domain.reader(index)
     for _ in range(2):
@@ -194,7 +195,7 @@ def test_a_window_without_a_finite_voxel_is_a_read_failure(save) -> None:
     values = noise(16, 16, 16)
     path = save("a.nii", values)
     domain = MedicalDomain(MedicalOptions(size=8))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     values[:8, :8, :8] = np.nan
     save("a.nii", values)
     corner = next(index[row] for row in range(len(index)) if index[row].position == (0.0, 0.0, 0.0))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
@@ -59,7 +60,7 @@ def test_the_preview_draws_one_picture_a_source_with_its_windows(save, tmp_path:
     for name in ("a.nii", "b.nii.gz"):
         save(f"scans/{name}", values)
     domain = MedicalDomain(MedicalOptions(size=10))
-    index = domain.build_index([tmp_path / "scans"], SkippedLog())
+    index = build_index(domain, [tmp_path / "scans"], SkippedLog())
     written = domain.preview(index, tmp_path / "preview")
     assert [path.name for path in written] == ["00000_a.png", "00001_b.png"]
     picture = np.asarray(Image.open(written[0]).convert("RGB"))

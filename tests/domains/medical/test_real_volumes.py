@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
 from fmsuite.domains.medical.volumes import load_volume
@@ -22,7 +23,7 @@ def test_hippocampus_images_are_indexed_and_their_label_maps_are_not(real_data: 
     files = [folder / kind / name for name in names for kind in ("images", "labels")]
     skipped = SkippedLog()
     domain = MedicalDomain(MedicalOptions(size=48))
-    index = domain.build_index(files, skipped)
+    index = build_index(domain, files, skipped)
     assert sorted(Path(source).name for source in index.sources) == names
     assert {Path(entry.path).parent.name for entry in skipped.entries} == {"labels"}
     assert len(skipped.entries) == len(names)

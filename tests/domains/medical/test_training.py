@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.data.loader import SampleStream
@@ -36,7 +35,7 @@ def prepared(save):
         values = 100 + 40 * np.sin(grid @ random.normal(0, 0.3, 3)) + random.normal(0, 4, shape)
         files.append(save(f"{number}.nii.gz", values.astype(np.float32), np.diag([*sizes, 1.0])))
     domain = MedicalDomain(MedicalOptions(size=16))
-    return domain, domain.build_index(files, SkippedLog())
+    return domain, build_index(domain, files, SkippedLog())
 
 
 def batches(domain: MedicalDomain, index, objective: Objective, steps: int, repeat: bool) -> list[Batch]:
@@ -57,7 +56,7 @@ def train(objective: Objective, spec: InputSpec, made: list[Batch]) -> list[floa
     objective.train()
     for step, batch in enumerate(made):
         context = StepContext(step, len(made), len(made), BATCH)
-        ready = batch.map_views(lambda view: replace(view, pixels=normalise(view.pixels, view.valid)))
+        ready = batch.map_views(normalise.view)
         loss = objective(ready, context)["loss"]
         optimiser.zero_grad()
         loss.backward()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.pathology import PathologyDomain, PathologyOptions
@@ -22,7 +23,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def example_index(example: Path) -> SampleIndex:
     skipped = SkippedLog()
-    index = PathologyDomain(PathologyOptions(size=128)).build_index([example], skipped)
+    index = build_index(PathologyDomain(PathologyOptions(size=128)), [example], skipped)
     assert not skipped.entries
     return index
 

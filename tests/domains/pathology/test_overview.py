@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.base import Overview
@@ -55,7 +56,7 @@ def test_the_whole_slide_is_on_it(example_index: SampleIndex) -> None:
 def test_a_tile_image_is_its_own_overview(tissue: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(tissue[:300, :500]).save(tmp_path / "tile.png")
     domain = PathologyDomain(PathologyOptions(size=128))
-    index = domain.build_index([tmp_path], SkippedLog())
+    index = build_index(domain, [tmp_path], SkippedLog())
     view = domain.overview(index, str(tmp_path / "tile.png"))
     assert np.array_equal(view.rgb, tissue[:300, :500])
     assert (view.origin, view.pitch) == ((0, 0), (1, 1))
@@ -64,7 +65,7 @@ def test_a_tile_image_is_its_own_overview(tissue: np.ndarray, tmp_path: Path) ->
 def test_sources_that_are_unknown_or_gone_are_named(tissue: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(tissue[:200, :200]).save(tmp_path / "tile.png")
     domain = PathologyDomain(PathologyOptions(size=128))
-    index = domain.build_index([tmp_path], SkippedLog())
+    index = build_index(domain, [tmp_path], SkippedLog())
     with pytest.raises(UsageError, match=r"other\.png: not a source of this index"):
         domain.overview(index, "other.png")
     (tmp_path / "tile.png").unlink()
@@ -76,7 +77,7 @@ def test_sources_that_are_unknown_or_gone_are_named(tissue: np.ndarray, tmp_path
 def test_a_real_slide(real_data: Path) -> None:
     path = real_data / "pathology" / "slides" / "CMU-1-Small-Region.svs"
     domain = PathologyDomain(PathologyOptions(size=256))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     reader, view = domain.reader(index), domain.overview(index, str(path))
     for row in range(0, len(index), 7):
         window = index[row]

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.pathology import PathologyDomain, PathologyOptions
@@ -238,7 +239,7 @@ def test_a_slide_with_a_corrupt_finest_level_is_skipped_by_the_probe(tmp_path: P
     write_slide(path, tissue, 0.5)
     damaged(path, list(range(16)))
     skipped = SkippedLog()
-    index = PathologyDomain(PathologyOptions(thumbnail_mpp=4.0)).build_index([path], skipped)
+    index = build_index(PathologyDomain(PathologyOptions(thumbnail_mpp=4.0)), [path], skipped)
     assert len(index) == 0
     (entry,) = skipped.entries
     assert "its windows cannot be read" in entry.reason
@@ -249,7 +250,7 @@ def test_a_corrupt_place_on_the_thumbnails_level_is_left_out_and_recorded(tmp_pa
     write_slide(path, tissue, 0.5, downsamples=())
     damaged(path, [5])
     skipped = SkippedLog()
-    index = PathologyDomain(PathologyOptions(size=128)).build_index([path], skipped)
+    index = build_index(PathologyDomain(PathologyOptions(size=128)), [path], skipped)
     (entry,) = skipped.entries
     assert entry.stage == "tissue"
     assert "cannot be read and is left out" in entry.reason
@@ -286,7 +287,7 @@ def test_thumbnail_pitch_keeps_the_picture_between_its_limits() -> None:
 @pytest.mark.realdata
 def test_a_real_slide_at_half_a_micron_equals_an_independent_resampling(real_data: Path) -> None:
     path = str(real_data / "pathology" / "slides" / "CMU-1-Small-Region.svs")
-    index = PathologyDomain(PathologyOptions()).build_index([Path(path)], SkippedLog())
+    index = build_index(PathologyDomain(PathologyOptions()), [Path(path)], SkippedLog())
     assert index[0].extent == pytest.approx((256 * 0.5 / 0.499,) * 2)
     reader = SlideReader((256, 256))
     whole = openslide.OpenSlide(path).read_region((0, 0), 0, (2220, 2967)).convert("RGB")
@@ -302,7 +303,7 @@ def test_a_real_slide_at_half_a_micron_equals_an_independent_resampling(real_dat
 @pytest.mark.realdata
 def test_a_real_slide_at_its_own_resolution_is_its_pixels(real_data: Path) -> None:
     path = real_data / "pathology" / "slides" / "CMU-1-Small-Region.svs"
-    index = PathologyDomain(PathologyOptions(mpp=0.499)).build_index([path], SkippedLog())
+    index = build_index(PathologyDomain(PathologyOptions(mpp=0.499)), [path], SkippedLog())
     slide = openslide.OpenSlide(str(path))
     reader = SlideReader((256, 256))
     for row in range(0, len(index), 5):

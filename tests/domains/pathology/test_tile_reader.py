@@ -10,7 +10,6 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import openslide
-import pyarrow as pa
 import pytest
 import tifffile
 import torch
@@ -26,7 +25,7 @@ from fmsuite.domains.pathology.slides import FIRST_WINDOWS, OpenSlideSource, ope
 from fmsuite.domains.pathology.tile_cache import TileCache
 from fmsuite.domains.pathology.tile_codecs import DoubtfulTile, JpegCodec
 from fmsuite.errors import ReadFailure
-from fmsuite.tiling.table import join_tables, window_table
+from fmsuite.tiling.table import WindowRows, join_tables, windows_table
 
 APERIO = "Aperio Image Library v1\r\n|AppMag = 20|MPP = 0.5"
 
@@ -554,8 +553,8 @@ def test_worker_processes_read_what_this_one_reads(
         path = jpeg_slide(tmp_path / f"{number}.tif", [texture], 128)
     offset, count = tile_places(path)[9]
     rows = [(str(tmp_path / f"{n % 3}.tif"), (128.0, 64.0 * (n // 3))) for n in range(18)]
-    table = pa.concat_tables(
-        [window_table(source, "g", np.array([place]), (128.0, 128.0), (0.5, 0.5)) for source, place in rows]
+    table = windows_table(
+        [WindowRows(source, "g", np.array([place]), (128.0, 128.0), (0.5, 0.5)) for source, place in rows]
     )
     index = join_tables([table], {"size": 128, "mpp": 0.5})
     domain = PathologyDomain(PathologyOptions(size=128))

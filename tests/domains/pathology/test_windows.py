@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.pathology import PathologyDomain, PathologyOptions
@@ -21,7 +22,7 @@ from fmsuite.errors import FmsuiteError, UsageError
 def build(*paths: Path, **options: object) -> tuple[SampleIndex, dict[str, str]]:
     """The index, and the reason for each skipped file by its name."""
     skipped = SkippedLog()
-    index = PathologyDomain(PathologyOptions(**options)).build_index(list(paths), skipped)  # type: ignore[arg-type]
+    index = build_index(PathologyDomain(PathologyOptions(**options)), list(paths), skipped)  # type: ignore[arg-type]
     return index, {Path(entry.path).name: f"{entry.stage}: {entry.reason}" for entry in skipped.entries}
 
 
@@ -109,7 +110,7 @@ def test_every_fault_is_recorded_with_its_file_and_the_way_out(tmp_path: Path, t
     for name in ("units.tif", "unknown.tif"):
         assert "--mpp" in skipped[name]
     with pytest.raises(FmsuiteError, match="--strict"):
-        PathologyDomain(PathologyOptions()).build_index([tmp_path], SkippedLog(strict=True))
+        build_index(PathologyDomain(PathologyOptions()), [tmp_path], SkippedLog(strict=True))
 
 
 def test_a_given_resolution_replaces_what_the_file_says(tmp_path: Path, tissue: np.ndarray) -> None:
@@ -123,7 +124,7 @@ def test_a_given_resolution_replaces_what_the_file_says(tmp_path: Path, tissue: 
 def test_edges_cover_reaches_beyond_a_small_slide_and_marks_it_invalid(tmp_path: Path, tissue: np.ndarray) -> None:
     write_slide(tmp_path / "tiny.tif", tissue[:200, :200], 0.5, downsamples=())
     domain = PathologyDomain(PathologyOptions(edges="cover"))
-    index = domain.build_index([tmp_path], SkippedLog())
+    index = build_index(domain, [tmp_path], SkippedLog())
     assert len(index) == 1
     sample = domain.reader(index).read(index[0])
     assert sample.valid is not None
@@ -160,7 +161,7 @@ def test_a_flat_tiff_in_strips_is_a_slide_when_it_is_large_and_a_tile_when_it_is
         )
     domain = PathologyDomain(PathologyOptions())
     skipped = SkippedLog()
-    index = domain.build_index([tmp_path], skipped)
+    index = build_index(domain, [tmp_path], skipped)
     assert not skipped.entries
     kinds = {Path(path).stem: fact["kind"] for path, fact in index.metadata["sources"].items()}
     assert kinds == {"strips": "slide", "plain": "slide", "small": "image"}
@@ -183,7 +184,7 @@ def test_a_strip_cut_short_fails_its_windows_only(tmp_path: Path, tissue: np.nda
         handle.seek(offset)
         handle.write(bytes(count))
     domain = PathologyDomain(PathologyOptions())
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     reader = domain.reader(index)
     outcomes = {}
     for row in range(len(index)):
@@ -209,7 +210,7 @@ def test_folders_of_tiles_give_a_window_each_grouped_by_folder(tmp_path: Path) -
     first = tile(tmp_path / "one" / "a.png", (64, 64), 0)
     tile(tmp_path / "two" / "b.png", (64, 64), 1)
     domain = PathologyDomain(PathologyOptions(size=64))
-    index = domain.build_index([tmp_path], SkippedLog())
+    index = build_index(domain, [tmp_path], SkippedLog())
     assert index.groups == ["one", "two"]
     assert len(index) == 2
     spec = domain.input_spec(index)
@@ -222,7 +223,7 @@ def test_larger_tiles_are_gridded_and_smaller_ones_enlarged(tmp_path: Path) -> N
     large = tile(tmp_path / "large.png", (64, 150), 0)
     tile(tmp_path / "small.png", (40, 48), 1)
     domain = PathologyDomain(PathologyOptions(size=64))
-    index = domain.build_index([tmp_path], SkippedLog())
+    index = build_index(domain, [tmp_path], SkippedLog())
     windows = [index[row] for row in range(len(index))]
     assert [w.position for w in windows if w.source.endswith("large.png")] == [(0, 0), (0, 64), (0, 86)]
     assert [(w.position, w.extent) for w in windows if w.source.endswith("small.png")] == [
@@ -255,7 +256,7 @@ def test_a_tile_that_breaks_later_is_a_read_failure(tmp_path: Path) -> None:
     tile(tmp_path / "a.jpg", (64, 64), 0)
     domain = PathologyDomain(PathologyOptions(size=64))
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:700])
-    index = domain.build_index([tmp_path], SkippedLog())
+    index = build_index(domain, [tmp_path], SkippedLog())
     with pytest.raises(FmsuiteError, match="cannot be read"):
         domain.reader(index).read(index[0])
     (tmp_path / "a.jpg").unlink()
@@ -287,7 +288,7 @@ def test_preview_draws_each_slide_and_one_sheet_of_tiles(tmp_path: Path, tissue:
     write_slide(tmp_path / "in" / "s" / "slide.tif", tissue, 0.5)
     tile(tmp_path / "in" / "tiles" / "a.png", (256, 256), 0)
     domain = PathologyDomain(PathologyOptions())
-    index = domain.build_index([tmp_path / "in"], SkippedLog())
+    index = build_index(domain, [tmp_path / "in"], SkippedLog())
     written = domain.preview(index, tmp_path / "out")
     assert [path.name for path in written] == ["00000_s_slide.png", "tiles.png"]
     assert max(Image.open(written[0]).size) == 1616

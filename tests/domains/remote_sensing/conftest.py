@@ -11,6 +11,7 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.remote_sensing import RemoteSensingDomain
@@ -61,7 +62,7 @@ def make_index() -> Callable[..., tuple[RemoteSensingDomain, SampleIndex, Skippe
     def make(*paths: Path, **options: Any) -> tuple[RemoteSensingDomain, SampleIndex, SkippedLog]:
         domain = RemoteSensingDomain(RemoteSensingOptions(**options))
         skipped = SkippedLog()
-        return domain, domain.build_index(paths, skipped), skipped
+        return domain, build_index(domain, paths, skipped), skipped
 
     return make
 

@@ -4,13 +4,24 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from fmsuite.core.data.sample import ArraySample
+from fmsuite.core.data.adjust import adjusted, stacked
+from fmsuite.core.data.sample import ArraySample, View
 from fmsuite.core.seeding import generator
-from fmsuite.domains.remote_sensing.augment import RasterAugmentation, blurred
+from fmsuite.domains.remote_sensing.augment import BLUR, BLUR_PROBABILITY, RasterAugmentation
+from fmsuite.tiling.symmetry import turned
+
+
+def seen(sample: ArraySample) -> np.ndarray:
+    """(C, ...) float32: what the model sees of a sample, before normalisation."""
+    valid = None if sample.valid is None else torch.from_numpy(sample.valid)[None]
+    return (
+        adjusted(View(torch.from_numpy(sample.values)[None], valid, adjust=stacked([sample.adjust]))).pixels[0].numpy()
+    )
 
 
 def marked(height: int, width: int, bands: int = 3, dates: int | None = None, seed: int = 0) -> ArraySample:
@@ -51,9 +62,10 @@ def test_strong_is_a_function_of_the_generator_and_survives_pickling():
     first = augmentation.after_crop(sample, "strong", False, generator(7))
     again = pickle.loads(pickle.dumps(augmentation)).after_crop(sample, "strong", False, generator(7))
     other = augmentation.after_crop(sample, "strong", False, generator(8))
-    np.testing.assert_array_equal(first.values, again.values)
+    assert first.values.dtype == sample.values.dtype
+    np.testing.assert_array_equal(seen(first), seen(again))
     np.testing.assert_array_equal(first.valid, again.valid)
-    assert not np.array_equal(first.values, other.values)
+    assert not np.array_equal(seen(first), seen(other))
     assert augmentation.after_crop(sample, "none", False, generator(7)) is sample
 
 
@@ -68,7 +80,7 @@ def test_reflectance_varies_by_an_affine_map_of_each_band():
     sample = marked(16, 16).replace(valid=None)
     sharp = 0
     for seed in range(40):
-        out = augmentation.after_crop(sample, "strong", False, generator(seed)).values
+        out = seen(augmentation.after_crop(sample, "strong", False, generator(seed)))
         for plane in unturned(sample):
             fits = [np.polyfit(p.ravel(), o.ravel(), 1) for p, o in zip(plane, out)]
             misfit = max(np.abs(np.polyval(f, p) - o).max() for f, p, o in zip(fits, plane, out))
@@ -84,7 +96,7 @@ def test_backscatter_varies_by_a_shift_in_decibels():
     augmentation = RasterAugmentation("decibel")
     sharp = 0
     for seed in range(40):
-        out = augmentation.after_crop(sample, "strong", False, generator(seed)).values
+        out = seen(augmentation.after_crop(sample, "strong", False, generator(seed)))
         for plane in unturned(sample):
             shift = out - plane
             if shift.std(axis=(1, 2)).max() < 1e-4:
@@ -112,11 +124,34 @@ def test_invalid_pixels_never_enter_a_neighbour():
     for seed in range(20):
         calm_out = RasterAugmentation(scale=1e-4).after_crop(sample, "strong", False, generator(seed))
         wild_out = RasterAugmentation(scale=1e-4).after_crop(wild, "strong", False, generator(seed))
-        np.testing.assert_array_equal(calm_out.values, wild_out.values)
+        np.testing.assert_array_equal(seen(calm_out) * calm_out.valid, seen(wild_out) * wild_out.valid)
 
 
-def test_blur_equals_scipys_away_from_the_border():
-    values = np.random.default_rng(0).normal(size=(2, 40, 40)).astype(np.float32)
-    expected = gaussian_filter(values, (0, 0.9, 0.9), truncate=3 / 0.9)
-    np.testing.assert_allclose(blurred(values, None, 0.9)[:, 4:-4, 4:-4], expected[:, 4:-4, 4:-4], atol=1e-5)
-    np.testing.assert_allclose(blurred(np.ones((1, 9, 9), np.float32), None, 1.2), 1, atol=1e-6)
+@pytest.mark.parametrize("kind", ["optical", "decibel"])
+@pytest.mark.parametrize("dates", [None, 2])
+def test_jitter_and_blur_are_the_written_formulas_in_physical_values(kind, dates):
+    """The same draws, in numpy on floats: as this was done before it moved to the device."""
+    scale, offset = 1e-4, -0.1
+    augmentation, given, blurs = RasterAugmentation(kind, scale, offset), marked(20, 16, 4, dates), 0
+    for seed in range(12):
+        draw = generator(seed)
+        sample = turned(given, int(draw.integers(4)), bool(draw.integers(2)))
+        valid, physical = sample.valid, sample.values.astype(np.float64) * scale + offset
+        per_band = (4, *(1,) * (physical.ndim - 1))
+        shared, own, shift = draw.normal(), draw.normal(size=4), draw.normal(size=4)
+        if kind == "decibel":
+            physical = physical + (1.0 * (shared + own)).reshape(per_band)
+        else:
+            mean = np.array([band[ok].mean() for band, ok in zip(physical, valid)]).reshape(per_band)
+            factor = np.exp(0.1 * (shared + own)).reshape(per_band)
+            physical = physical * factor + 0.02 * shift.reshape(per_band) * mean
+        share, sigma = draw.random(), draw.uniform(*BLUR)
+        if share < BLUR_PROBABILITY[0]:
+            blurs += 1
+            width = (0,) * (physical.ndim - 2) + (sigma, sigma)
+            reach = {"mode": "constant", "radius": [0] * (physical.ndim - 2) + [int(np.ceil(3 * sigma))] * 2}
+            weight = gaussian_filter(valid.astype(np.float64), width, **reach)
+            physical = gaussian_filter(np.where(valid, physical, 0), width, **reach) / np.maximum(weight, 1e-6)
+        found = seen(augmentation.after_crop(given, "strong", False, generator(seed))) * scale + offset
+        np.testing.assert_allclose(found[valid], physical[valid], atol=2e-6 * np.abs(physical[valid]).max())
+    assert 2 < blurs < 10

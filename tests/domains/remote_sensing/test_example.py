@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.base import load_domain
 from fmsuite.domains.remote_sensing import RemoteSensingDomain
@@ -35,7 +36,7 @@ def test_the_same_seed_makes_the_same_pixels(example, tmp_path):
 def test_every_scene_is_used_and_the_classes_differ_in_shape_but_not_in_spectrum(example):
     domain = RemoteSensingDomain(RemoteSensingOptions(sensor="sentinel2-l1c"))
     skipped = SkippedLog()
-    index = domain.build_index([example], skipped)
+    index = build_index(domain, [example], skipped)
     assert not skipped.entries
     assert len(index.sources) == 8
     assert index.label_names == ["fields", "settlement"]
@@ -62,7 +63,7 @@ def test_every_scene_is_used_and_the_classes_differ_in_shape_but_not_in_spectrum
 
 def test_two_indexes_of_the_same_files_are_equal(example):
     domain = RemoteSensingDomain(RemoteSensingOptions(sensor="sentinel2-l1c", gsd=20, size=32))
-    first, second = (domain.build_index([example], SkippedLog()) for _ in range(2))
+    first, second = (build_index(domain, [example], SkippedLog()) for _ in range(2))
     assert first.hash == second.hash
     assert first.metadata == second.metadata
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rasterio.transform import from_origin
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.config import validate
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
@@ -150,7 +151,7 @@ def test_strict_makes_a_skipped_file_an_error(tmp_path: Path):
     bad = tmp_path / "bad.tif"
     bad.write_text("not a raster")
     with pytest.raises(FmsuiteError, match=r"bad\.tif"):
-        RemoteSensingDomain().build_index([bad], SkippedLog(strict=True))
+        build_index(RemoteSensingDomain(), [bad], SkippedLog(strict=True))
 
 
 def test_a_window_far_larger_than_the_raster_is_refused_unread(write_raster, make_index, noise):

@@ -9,7 +9,7 @@ import torch
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.data.pipeline import ViewPipeline, WindowDataset, collate
-from fmsuite.core.data.sample import Batch, SampleKey, View
+from fmsuite.core.data.sample import Batch, SampleKey
 from fmsuite.core.inputs import Normalize
 from fmsuite.core.objectives.base import Objective, StepContext
 from fmsuite.core.objectives.dino import DINO, DINOConfig
@@ -40,7 +40,7 @@ def train(objective_type, config, domain, index, model: dict) -> tuple[list[floa
     dataset = WindowDataset(index, domain.reader(index), pipeline, seed=0)
     batch = collate([dataset[SampleKey(0, row % len(index))] for row in range(8)])
     normalize = Normalize(spec)
-    batch = batch.map_views(lambda view: View(**{**vars(view), "pixels": normalize(view.pixels, view.valid)}))
+    batch = batch.map_views(normalize.view)
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=2e-3)
     objective.train()
     losses = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.data.index import SampleIndex
@@ -42,7 +43,7 @@ def domain() -> SvgDomain:
 @pytest.fixture(scope="module")
 def index(domain: SvgDomain, example: Path) -> SampleIndex:
     skipped = SkippedLog()
-    index = domain.build_index([example], skipped)
+    index = build_index(domain, [example], skipped)
     assert not skipped.entries
     return index
 
@@ -109,7 +110,7 @@ def test_a_file_that_changed_or_went_after_indexing_is_a_read_failure(tmp_path: 
     path = tmp_path / "a.svg"
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="4" height="4"/></svg>')
     domain = SvgDomain(SvgDomain.Options())
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><rect width="4" height="4"/></svg>')
     with pytest.raises(ReadFailure, match="has changed"):
         domain.reader(index).read(index[0])
@@ -124,7 +125,7 @@ def test_labels_take_the_columns_that_are_named(tmp_path: Path) -> None:
         (tmp_path / f"{name}.svg").write_text(drawing)
     (tmp_path / "labels.csv").write_text("file,group,kind\na.svg,x,k1\nb.svg,y,k2\nlost.svg,x,k1\n")
     skipped = SkippedLog()
-    index = SvgDomain(SvgDomain.Options(label_column="group")).build_index([tmp_path], skipped)
+    index = build_index(SvgDomain(SvgDomain.Options(label_column="group")), [tmp_path], skipped)
     assert [(window.label, window.group) for window in map(index.__getitem__, range(3))] == [
         ("x", "a"),
         ("y", "b"),
@@ -132,8 +133,8 @@ def test_labels_take_the_columns_that_are_named(tmp_path: Path) -> None:
     ]
     assert [(entry.path, entry.stage) for entry in skipped.entries] == [("lost.svg", "labels")]
     with pytest.raises(UsageError, match="no column 'kin'"):
-        SvgDomain(SvgDomain.Options(label_column="kin")).build_index([tmp_path], SkippedLog())
-    without = SvgDomain(SvgDomain.Options(labels="none")).build_index([tmp_path], SkippedLog())
+        build_index(SvgDomain(SvgDomain.Options(label_column="kin")), [tmp_path], SkippedLog())
+    without = build_index(SvgDomain(SvgDomain.Options(labels="none")), [tmp_path], SkippedLog())
     assert without.label_names == []
 
 
@@ -280,7 +281,7 @@ def test_real_drawings_are_rendered_or_skipped_with_a_reason(
     labels = str(root / "labels.csv") if options else "none"
     skipped = SkippedLog()
     domain = SvgDomain(SvgDomain.Options(size=32, labels=labels, **options))
-    index = domain.build_index(drawings, skipped)
+    index = build_index(domain, drawings, skipped)
     left_out = [entry for entry in skipped.entries if entry.stage != "labels"]
     assert len(index) + len(left_out) == len(drawings)
     assert len(index) >= taken * len(drawings)
@@ -301,7 +302,7 @@ def test_renders_agree_with_the_reference_pictures_of_plain_shapes(real_data: Pa
     if not shapes.is_dir():
         pytest.skip(f"no {shapes}")
     domain = SvgDomain(SvgDomain.Options())
-    index = domain.build_index([shapes], SkippedLog())
+    index = build_index(domain, [shapes], SkippedLog())
     reader = domain.reader(index)
     errors = []
     for row in range(len(index)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.svg.domain import SvgDomain, SvgOptions
 from fmsuite.errors import UsageError
@@ -19,7 +20,7 @@ def test_a_drawing_lies_where_its_units_say(tmp_path: Path) -> None:
         '<rect x="40" y="45" width="75" height="50" fill="#102030"/></svg>'
     )
     domain = SvgDomain(SvgOptions(size=32, workers=1))
-    index = domain.build_index([path], SkippedLog())
+    index = build_index(domain, [path], SkippedLog())
     view = domain.overview(index, str(path))
     assert view.origin == (-30, -10)
     dark = (view.rgb == (0x10, 0x20, 0x30)).all(axis=2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fmsuite.commands.indexing import build_index
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.svg import SvgDomain
 from fmsuite.domains.svg.render import colour
@@ -119,7 +120,7 @@ def test_every_hostile_file_is_skipped_with_its_reason_in_bounded_time(tmp_path:
         write(tmp_path, name, content)
     skipped = SkippedLog(tmp_path / "out" / "skipped.csv")
     started = time.monotonic()
-    index = SvgDomain(SvgDomain.Options(timeout_s=20)).build_index([tmp_path], skipped)
+    index = build_index(SvgDomain(SvgDomain.Options(timeout_s=20)), [tmp_path], skipped)
     assert time.monotonic() - started < 60
     assert sorted(Path(source).name for source in index.sources) == ["good.svg", "good.svgz"]
     found = {Path(entry.path).name: entry.reason for entry in skipped.entries}
@@ -209,6 +210,6 @@ def test_a_killed_renderer_costs_one_file(tmp_path: Path) -> None:
 def test_a_folder_without_drawings_and_a_missing_path_are_wrong_use(tmp_path: Path) -> None:
     domain = SvgDomain(SvgDomain.Options())
     with pytest.raises(UsageError, match="holds no SVG drawings"):
-        domain.build_index([tmp_path], SkippedLog())
+        build_index(domain, [tmp_path], SkippedLog())
     with pytest.raises(UsageError, match="no such file"):
-        domain.build_index([tmp_path / "absent"], SkippedLog())
+        build_index(domain, [tmp_path / "absent"], SkippedLog())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from fmsuite.core.data.sample import ArraySample, Sample
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.core.seeding import generator
-from fmsuite.domains.base import Domain, DomainOptions, Progress, Units, no_progress
+from fmsuite.domains.base import Domain, DomainOptions, Units
 from fmsuite.errors import ReadFailure
-from fmsuite.tiling.labels import DEFAULT_NAME, LabelOptions, assign_labels
-from fmsuite.tiling.sources import find_files
+from fmsuite.tiling.labels import DEFAULT_NAME, LabelOptions
+from fmsuite.tiling.tasks import SourceRows, Sources, SourceTask, labelled_sources
 
 
 class SpectraOptions(DomainOptions, LabelOptions):
@@ -68,19 +69,13 @@ class SpectraDomain(Domain):
     recipes = Path(__file__).parent / "recipes"
     options: SpectraOptions
 
-    def build_index(self, paths: Sequence[Path], skipped: SkippedLog, progress: Progress = no_progress) -> SampleIndex:
-        files = [file for file in find_files(paths, (".csv",), "spectra") if file.path.name != DEFAULT_NAME]
-        labels, windows = assign_labels(self.options, paths, files, skipped), []
-        for file in progress(files, len(files), "reading spectra"):
-            try:
-                size = float(len(read_spectrum(str(file.path))))
-            except ReadFailure as failure:
-                skipped.add_failure(failure)
-                continue
-            known = labels.of(file)
-            place = {"position": (0.0,), "extent": (size,), "label": known.label, "split": known.split}
-            windows.append(Window(str(file.path), known.group or file.group, **place))
-        return SampleIndex.from_windows(windows, {"domain": self.name})
+    def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        found = labelled_sources(self.options, paths, (".csv",), "spectra", skipped)
+        return replace(found, tasks=[task for task in found.tasks if Path(task.path).name != DEFAULT_NAME])
+
+    def index_source(self, task: SourceTask) -> SourceRows:
+        size = float(len(read_spectrum(task.path)))
+        return SourceRows(task.rows(np.zeros((1, 1)), (size,)))
 
     def input_spec(self, index: SampleIndex) -> InputSpec:
         return InputSpec(axes=("x",), size=(self.options.length,), channels=(Channel(name="intensity"),))

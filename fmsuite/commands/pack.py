@@ -1,0 +1,195 @@
+"""``fmsuite pack``: an index's windows in a few large files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fmsuite.commands.setup import domain_options, open_domain, open_index
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import (
+    INDEX,
+    PACKING,
+    Packing,
+    array_sample,
+    check_tables,
+    described,
+    finish,
+    open_reader,
+    pack_block,
+    unfinished,
+    verify,
+)
+from fmsuite.core.data.reader import Reader
+from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
+from fmsuite.core.lock import WriterLock
+from fmsuite.core.pool import run_units
+from fmsuite.domains.base import Domain, Progress, no_progress
+from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
+
+SHARD_BYTES = 512 * 2**20
+"""Of pixels before compression, that a shard holds at most."""
+MOST_WINDOWS = 4096
+TRIALS = 50
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was packed.
+
+    Attributes:
+        index, path: the packed index and its file.
+        shards: how many were written now, of how many.
+        skipped: what could not be read.
+    """
+
+    index: SampleIndex
+    path: Path
+    shards: tuple[int, int]
+    skipped: SkippedLog
+
+
+def pack(
+    index: Path,
+    out: Path,
+    *,
+    shard_windows: int | None = None,
+    processes: int = 0,
+    strict: bool = False,
+    progress: Progress = no_progress,
+) -> Packed:
+    """Copy an index's windows, as the domain's reader gives them, into shards. After an interruption the same call goes
+    on with the shards that are missing.
+
+    Args:
+        index: of ``fmsuite tile``.
+        out: a folder; its ``index.parquet`` then stands for the index.
+        shard_windows: windows in a shard; as many as ``SHARD_BYTES`` hold, if not given.
+        processes: that read and write, a shard each; 0 does it in this one.
+
+    Raises:
+        UsageError: if the folder holds another packed copy, or the domain's samples are not plain arrays.
+        FmsuiteError: if no window could be read, or the disk is full.
+    """
+    domain, windows = _opened(index)
+    if (out / INDEX).exists() and (out / INDEX).resolve() == index.resolve():
+        raise UsageError(f"{index}: this is the packed copy itself.", "Choose another folder with --out.")
+    reader = open_reader(domain, windows)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be made ({error.strerror}).", "Choose another folder with --out.") from error
+    lock = WriterLock(out / ".lock", str(out))
+    try:
+        packing = _packing(windows, reader, domain.name, out, shard_windows)
+        todo = unfinished(out, packing)
+        log = out / FILE_NAME
+        skipped = SkippedLog(log, strict)
+        if todo or any(wrong for _, wrong in check_tables(out)):
+            (out / INDEX).unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+            skipped = SkippedLog(log, strict)
+            make = partial(_Packer, index, out, packing)
+            with closing(run_units(make, todo, processes=min(processes, len(todo)))) as outcomes:
+                for outcome in progress(outcomes, len(todo), "packing shards"):
+                    if outcome.failure is not None:
+                        raise FmsuiteError(f"Shard {outcome.unit} could not be packed: {outcome.failure}")
+            finish(windows, out, packing, skipped)
+        return Packed(SampleIndex.read(out / INDEX), out / INDEX, (len(todo), packing.blocks), skipped)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        lock.close()
+
+
+def check(out: Path, progress: Progress = no_progress) -> list[tuple[str, str]]:
+    """The files of a packed copy that are not as they were written, each with what is wrong.
+
+    Raises:
+        UsageError: if there is no packed copy.
+    """
+    total = Packing.read(out).blocks
+    return [(name, wrong) for name, wrong in progress(verify(out), total, "checking shards") if wrong is not None]
+
+
+class _Packer:
+    """Packs shards in a worker."""
+
+    def __init__(self, index: Path, out: Path, packing: Packing) -> None:
+        domain, self.index = _opened(index)
+        self.reader = open_reader(domain, self.index)
+        self.out = out
+        self.packing = packing
+
+    def __call__(self, units: Iterator[int], /) -> Iterator[int]:
+        for number in units:
+            try:
+                pack_block(self.index, self.reader, self.out, self.packing, number)
+            except OSError as error:
+                raise FmsuiteError(
+                    f"{self.out}: cannot be written ({error}).",
+                    "Make room, and run the same command again: it goes on.",
+                ) from error
+            yield number
+
+
+def _unwritable(out: Path, error: OSError) -> FmsuiteError:
+    return FmsuiteError(
+        f"{out}: cannot be written ({error}).", "Make room, and run the same command again: it goes on."
+    )
+
+
+def _opened(path: Path) -> tuple[Domain, SampleIndex]:
+    name = SampleIndex.read(path).metadata.get("domain")
+    if not isinstance(name, str):
+        raise UsageError(f"{path}: this index does not say which domain made it.", "Make it with `fmsuite tile`.")
+    return open_index(open_domain(name, domain_options(name, [])), [path], SkippedLog(None))
+
+
+def _packing(index: SampleIndex, reader: Reader, domain: str, out: Path, shard_windows: int | None) -> Packing:
+    """That of the folder, or a new one.
+
+    Raises:
+        UsageError: if the folder's is of another index, or of shards of another size.
+    """
+    if not (out / PACKING).exists():
+        if any(path.name != ".lock" for path in out.iterdir()):
+            raise UsageError(
+                f"{out}: there are other files in this folder.", "Choose an empty or a new one with --out."
+            )
+        packing = Packing(len(index), index.hash, domain, shard_windows or _windows_of_a_shard(index, reader))
+        packing.write(out)
+        return packing
+    packing = Packing.read(out)
+    if (packing.index_hash, packing.domain) != (index.hash, domain):
+        raise UsageError(f"{out}: the packed copy of another index is in this folder.", "Choose another with --out.")
+    if shard_windows not in (None, packing.per_shard):
+        raise UsageError(
+            f"{out}: its shards hold {packing.per_shard} windows, not {shard_windows}.",
+            "Leave out --shard-windows, or choose another folder with --out.",
+        )
+    return packing
+
+
+def _windows_of_a_shard(index: SampleIndex, reader: Reader) -> int:
+    """As many as ``SHARD_BYTES`` hold of a window that can be read; a power of two.
+
+    Raises:
+        UsageError: if samples are not plain arrays.
+        FmsuiteError: if none of some can be read.
+    """
+    last = ""
+    for row in np.linspace(0, len(index) - 1, min(TRIALS, len(index))).astype(int):
+        try:
+            sample = array_sample(reader.read(index[int(row)]))
+        except ReadFailure as failure:
+            last = f"{failure.path}: {failure.reason}"
+            continue
+        size = sum(values.nbytes for values in described(sample)[1].values())
+        return int(2 ** np.floor(np.log2(np.clip(SHARD_BYTES / max(size, 1), 1, MOST_WINDOWS))))
+    raise FmsuiteError(f"None of {TRIALS} windows of the index could be read, the last because of {last}")

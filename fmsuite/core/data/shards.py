@@ -1,0 +1,175 @@
+"""Shards of Zarr v3 arrays, written and read window by window: one chunk a window, thousands of chunks a file.
+
+The files are what Zarr's ``sharding_indexed`` codec describes (Zarr v3 core specification and ZEP 2), with chunks of
+``blosc`` (LZ4) and ``crc32c``, so anything that reads Zarr reads them. zarr-python 3.1 itself holds a whole shard in
+memory to write it and reads a shard's index again for every chunk, which makes it several times slower at reading
+single windows than the decoding takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+import zarr
+from numcodecs import Blosc
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from fmsuite.core.zarr_arrays import Damaged
+
+# Blosc's pool of threads does not survive a fork, and a window is too small to share out.
+numcodecs.blosc.use_threads = False
+
+_ABSENT = np.iinfo(np.uint64).max
+_ENTRY = 16
+_CHECKSUM = 4
+
+
+def create_array(folder: Path, rows: int, per_shard: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """The description of an array of ``rows`` windows of one shape, whose shards lie at ``shard_file``."""
+    shuffle: Literal["noshuffle", "shuffle"] = "noshuffle" if dtype.itemsize == 1 else "shuffle"
+    zarr.create_array(
+        str(folder),
+        shape=(rows, *shape),
+        dtype=dtype,
+        chunks=(1, *shape),
+        shards=(per_shard, *shape),
+        compressors=[BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=1, shuffle=shuffle), Crc32cCodec()],
+    )
+
+
+def shard_file(folder: Path, number: int, dims: int) -> Path:
+    """Where a shard of an array lies whose windows have ``dims`` axes."""
+    return folder.joinpath("c", str(number), *["0"] * dims)
+
+
+class ShardWriter:
+    """Writes one shard, a window at a time; the file is whole or absent.
+
+    Args:
+        path: the shard's.
+        slots: windows that it has room for.
+    """
+
+    def __init__(self, path: Path, slots: int) -> None:
+        self.path = path
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
+        self._index = np.full((slots, 2), _ABSENT, dtype="<u8")
+        self._digest = hashlib.sha256()
+        self._length = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, slot: int, values: np.ndarray) -> None:
+        """One window, at a slot that has none yet."""
+        little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+        shuffle = Blosc.NOSHUFFLE if values.itemsize == 1 else Blosc.SHUFFLE
+        # Blosc takes the size of an element from the array.
+        packed = bytes(Blosc("lz4", 1, shuffle).encode(little.reshape(-1)))
+        packed += google_crc32c.value(packed).to_bytes(_CHECKSUM, "little")
+        self._index[slot] = self._length, len(packed)
+        self._write(packed)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._length += len(data)
+
+    def finish(self) -> tuple[int, str]:
+        """Close it and put it in its place.
+
+        Returns:
+            Its length in bytes and its SHA-256.
+        """
+        index = self._index.tobytes()
+        self._write(index + google_crc32c.value(index).to_bytes(_CHECKSUM, "little"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self.path)
+        return self._length, self._digest.hexdigest()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        with suppress(FileNotFoundError):
+            self._partial.unlink()
+
+
+class ShardFile:
+    """An open shard: a file descriptor and the shard's index.
+
+    Raises:
+        Damaged: if it is missing, or its index is not as it was written.
+    """
+
+    def __init__(self, path: Path, slots: int) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise Damaged(path, str(error.strerror)) from error
+        try:
+            length = slots * _ENTRY + _CHECKSUM
+            start = os.fstat(self._file).st_size - length
+            tail = os.pread(self._file, length, start) if start >= 0 else b""
+            if len(tail) != length or not _sound(tail):
+                raise Damaged(path, "its table of chunks is damaged")
+            self._index = np.frombuffer(tail, dtype="<u8", count=2 * slots).reshape(slots, 2)
+        except OSError as error:
+            self.close()
+            raise Damaged(path, str(error.strerror)) from error
+        except Damaged:
+            self.close()
+            raise
+
+    def read(self, slot: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """The window at a slot.
+
+        Raises:
+            Damaged: if there is none, or it is not as it was written.
+        """
+        offset, length = (int(value) for value in self._index[slot])
+        if offset == _ABSENT:
+            raise Damaged(self.path, f"it has no window at place {slot}")
+        try:
+            packed = os.pread(self._file, length, offset)
+        except OSError as error:
+            raise Damaged(self.path, str(error.strerror)) from error
+        if len(packed) != length or not _sound(packed):
+            raise Damaged(self.path, f"the window at place {slot} is damaged")
+        values = np.empty(shape, dtype=dtype.newbyteorder("<"))
+        # Blosc fills what it is given as far as it has data, so its header is asked first (C-Blosc's chunk format).
+        if int.from_bytes(packed[4:8], "little") != values.nbytes:
+            raise Damaged(self.path, f"the window at place {slot} is not {dtype} {shape}")
+        Blosc("lz4").decode(packed[:-_CHECKSUM], values.reshape(-1))
+        return values
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _sound(data: bytes) -> bool:
+    return google_crc32c.value(data[:-_CHECKSUM]) == int.from_bytes(data[-_CHECKSUM:], "little")
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Length in bytes and SHA-256 of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
