@@ -4,7 +4,8 @@
 
 Makes slides and embeds each number of them in a process of its own, with a loader's process, as
 ``fmsuite embed`` does; ``--processes 2`` embeds in two more. While it runs, the proportional set sizes of all its
-processes are added up (shared pages count once); the largest sum counts. Each number is run in turns.
+processes are added up: anonymous and shared memory, pages of several processes once. Pages of files (libraries, slides)
+are left out: other programs decide how they are shared. The largest sum counts, and each number is run in turns.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import tifffile
 
 from fmsuite.core.data.index import SampleIndex, Window
 
-SIDE, SIZE = 16, 64
+SIDE, SIZE = 16, 32
 LOOK_S = 0.1
+COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 RUN = """
 import sys
@@ -38,9 +40,9 @@ from fmsuite.core.inputs import InputSpec, rgb_channels
 
 if __name__ == "__main__":
     index, out, processes, width = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    spec = InputSpec(axes=("y", "x"), size=(64, 64), channels=rgb_channels(), scale=1 / 255)
-    config = ModelConfig(name="vit_tiny", width=width, depth=1, heads=2, patch_size=32)
-    save_encoder(out.parent / "run", VisionTransformer(config, spec), spec, "cls", {})
+    spec = InputSpec(axes=("y", "x"), size=(32, 32), channels=rgb_channels(), scale=1 / 255)
+    config = ModelConfig(name="vit_tiny", width=width // 2, depth=1, heads=2, patch_size=32)
+    save_encoder(out.parent / "run", VisionTransformer(config, spec), spec, "cls+mean", {})
     done = embed(str(out.parent / "run"), index, out, device="cpu", workers=1, processes=processes)
     assert not done.skipped
     print(done.groups, done.windows)
@@ -98,7 +100,7 @@ def memory(pid: int) -> int:
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(COUNTED))
     return total
 
 
@@ -126,7 +128,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=0, help="of embed, as --processes of the command")
-    parser.add_argument("--width", type=int, default=1024, help="of a feature vector")
+    parser.add_argument("--width", type=int, default=1024, help="of a feature vector, even")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         slides = make_slides(Path(folder) / "slides", options.many)

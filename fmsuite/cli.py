@@ -8,9 +8,8 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -24,6 +23,9 @@ from fmsuite.errors import FmsuiteError, UsageError
 
 if TYPE_CHECKING:
     from fmsuite.core.evaluation.results import Results
+
+# Typer brings its own copy of click, or uses the installed one, as its version has it.
+WrongLine: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 DONE, FAILED, WRONG_USE, DONE_WITH_SKIPS, INTERRUPTED = 0, 1, 2, 3, 128 + signal.SIGINT
 
@@ -564,7 +566,7 @@ def main() -> None:
         # typer turns Ctrl-C into this code.
         if code == INTERRUPTED:
             _interrupted()
-    except click.exceptions.ClickException as error:
+    except WrongLine as error:
         error.show()
         code = WRONG_USE
     except FmsuiteError as error:
@@ -572,7 +574,7 @@ def main() -> None:
             traceback.print_exc()
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _interrupted()
         code = INTERRUPTED
     except OSError as error:

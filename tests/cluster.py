@@ -25,6 +25,8 @@ def ray_cluster(folder: Path, cpus: int = 2) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # Otherwise a token in the home directory would decide, and be made where there is none.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
 
@@ -18,10 +20,10 @@ from fmsuite.errors import UsageError
 
 log = logging.getLogger("fmsuite")
 
-PATIENCE_S = 3600
-"""Seconds that processes have to save after a signal; PyTorch's launcher alone would kill them after 30."""
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What the launcher passes on to the processes."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What is passed on to the processes. PyTorch's launcher would give them 30 seconds and then kill them; it is left
+SIGQUIT, as a way to end everything at once."""
+STOPPED = "stopped"
 FAILED = 1
 _TAIL = 5
 _inside = False
@@ -48,8 +50,8 @@ def launch(arguments: Sequence[str], processes: int, restarts: int, logs: Path) 
     """Run the console script with these arguments in several processes, and wait for them.
 
     A process that dies, or ends with code 1, ends the others; up to ``restarts`` times all are then started again and
-    go on from the last checkpoint. A signal is passed on, the processes have an hour to save, and none is started
-    again.
+    go on from the last checkpoint. A signal is passed on; the processes have as long as they need to save, and none is
+    started again.
 
     Args:
         arguments: of the console script.
@@ -58,15 +60,12 @@ def launch(arguments: Sequence[str], processes: int, restarts: int, logs: Path) 
     Returns:
         The exit code of the first process; 1 if one of them failed.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _quieten("torch.distributed.elastic")
-    # Older PyTorch knows no other patience than its 30 seconds.
-    patience: dict[str, Any] = {"shutdown_timeout": PATIENCE_S} if hasattr(LaunchConfig, "shutdown_timeout") else {}
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -77,25 +76,34 @@ def launch(arguments: Sequence[str], processes: int, restarts: int, logs: Path) 
         local_addr="localhost",
         max_restarts=restarts,
         logs_specs=DefaultLogsSpecs(str(logs), dict.fromkeys(range(1, processes), Std.ALL)),
-        signals_to_handle=SIGNALS,
-        **patience,
+        signals_to_handle="SIGQUIT",
     )
-    stopped: signal.Signals | None = None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _passing_on(Path(folder) / STOPPED):
         try:
-            elastic_launch(config, _rank)(list(arguments), folder)
-        except SignalException as error:
-            stopped = error.sigval
+            codes = elastic_launch(config, _rank)(list(arguments), folder)
         except ChildFailedError as error:
             _tell(error.failures)
             return FAILED
-        codes = [int(path.read_text()) for path in sorted(Path(folder).iterdir(), key=lambda path: int(path.name))]
-    if FAILED in codes:
-        return FAILED
-    if len(codes) == processes:
-        return codes[0]
-    # Ended by the signal itself, before there was anything to save.
-    return 128 + (signal.SIGINT if stopped == signal.SIGINT else signal.SIGTERM)
+    return FAILED if FAILED in codes.values() else codes[0]
+
+
+@contextmanager
+def _passing_on(stopped: Path) -> Iterator[None]:
+    """Signals go to the processes, and into a file for those that would be started after them."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        stopped.write_text(str(int(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)))
+        for process in multiprocessing.active_children():
+            if process.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rank(arguments: list[str], folder: str) -> int:
@@ -105,8 +113,10 @@ def _rank(arguments: list[str], folder: str) -> int:
     _inside = True
     from fmsuite import cli
 
-    told = Path(folder) / os.environ["RANK"]
-    told.unlink(missing_ok=True)
+    told, stopped = Path(folder) / os.environ["RANK"], Path(folder) / STOPPED
+    if stopped.exists():
+        # Something failed after the signal, or was ended by it before it could save.
+        return int(told.read_text()) if told.exists() else 128 + int(stopped.read_text())
     sys.argv = ["fmsuite", *arguments]
     code = FAILED
     try:

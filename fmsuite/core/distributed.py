@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +21,9 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(days=7)
 """How long ranks wait in ``barrier`` and for each other's objects: while rank 0 builds an index of many slides, NCCL's
 own limit of ten minutes would end the run. A rank that dies closes its connection, which ends the wait at once."""
+
+MEETING_S = 1800.0
+"""Seconds that the processes of a run have to start."""
 
 _patient: dist.ProcessGroup | None = None
 
@@ -69,20 +74,62 @@ def process_group(device: torch.device, alone: bool = False) -> Iterator[None]:
     if active() or not (alone or launched()):
         yield
         return
-    store = None if launched() else dist.HashStore()
-    only: dict[str, Any] = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
     with peers_named():
+        store, number, ranks = _meet() if launched() else (dist.HashStore(), 0, 1)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device, **only)
+            dist.init_process_group("nccl", device_id=device, store=store, rank=number, world_size=ranks)
         else:
-            dist.init_process_group("gloo", **only)
+            dist.init_process_group("gloo", store=store, rank=number, world_size=ranks)
         _patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         try:
             yield
         finally:
             _patient = None
             dist.destroy_process_group()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """Where this start's processes leave each other their addresses; this process's rank; how many there are."""
+    store, number, ranks = next(iter(dist.rendezvous("env://")))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It outlives a restart, and so do the addresses of processes that are dead.
+        store = dist.PrefixStore(_agree(store, number, ranks), store)
+    return store, number, ranks
+
+
+def _agree(store: dist.Store, number: int, ranks: int) -> str:
+    """A name for this start that all ranks know to be of this start, whatever earlier ones have left in the store: rank
+    0 offers one, each rank accepts with a name of its own, and rank 0 confirms by those names.
+
+    Raises:
+        FmsuiteError: if not all processes come.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_S
+
+    def wait() -> None:
+        if time.monotonic() > deadline:
+            raise FmsuiteError(f"The {ranks} processes of the run did not meet within {MEETING_S / 60:.0f} minutes.")
+        time.sleep(0.05)
+
+    def read(key: str) -> list[str]:
+        return store.get(key).decode().split() if store.check([key]) else []
+
+    if number == 0:
+        store.set("fmsuite/offer", mine)
+        names = []
+        for other in range(1, ranks):
+            while (answer := read(f"fmsuite/accept/{other}"))[:1] != [mine]:
+                wait()
+            names.append(answer[1])
+        store.set(f"fmsuite/confirm/{mine}", " ".join(names))
+        return mine
+    while True:
+        for offer in read("fmsuite/offer"):
+            store.set(f"fmsuite/accept/{number}", f"{offer} {mine}")
+            if mine in read(f"fmsuite/confirm/{offer}"):
+                return offer
+        wait()
 
 
 @contextmanager

@@ -137,12 +137,13 @@ def embed(
     wanted = [*store.missing(), *store.unreadable()]
     if not wanted:
         return
-    # Batch by batch in this process, so that what is done can be seen.
-    plan = Plan(store, wanted, 1 if pool.inline else UNIT_BATCHES)
+    place = torch.device(device)
+    # A slow encoder is watched batch by batch; a GPU is not waited for after every one.
+    plan = Plan(store, wanted, 1 if pool.inline and place.type == "cpu" else UNIT_BATCHES)
     make = MakeWork(
         embedder,
         reader,
-        torch.device(device),
+        place,
         cast(Precision, facts.precision),
         batch_size,
         _ahead(pool) if workers < 0 else workers,

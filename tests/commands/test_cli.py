@@ -41,6 +41,22 @@ def test_list_names_what_there_is(fmsuite: Callable, what: str, expected: list[s
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrian"], "'pretrain'"),
+        (["embed", "--chanels", "red"], "--channels"),
+        (["embed", "-e", "x", "--index", "y", "--out", "z", "--batch-size", "0"], "--batch-size"),
+        (["pretrain"], "--domain"),
+        (["tile", "--domain", "svg", "--out", "x"], "paths"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_wrong_use(fmsuite: Callable, arguments: list[str], words: str) -> None:
+    ran = fmsuite(*arguments)
+    assert ran.code == 2
+    assert words in ran.text
+
+
+@pytest.mark.parametrize(
     ("arguments", "suggestion"),
     [
         (["list", "recipe"], "'recipes'"),
@@ -71,7 +87,7 @@ def test_a_misspelt_name_is_answered_with_the_nearest_right_one(
         (["pretrain", "--domain", "medical", "--recipe", "uni"], "is for --domain pathology, not medical"),
         (["pretrain", "--domain", "pathology", "--set", "training.batch_size=many"], "training.batch_size"),
         (["pretrain", "--domain", "pathology", "--set", "training.steps"], "expected key=value"),
-        (["pretrain", "--domain", "pathology", "--resume"], "--resume needs --out"),
+        (["pretrain", "--domain", "pathology", "--resume"], "--resume and --auto-resume need --out"),
         (["fewshot", "--features", "f.zarr", "--out", "o", "--shots", "0,2"], "--shots '0,2' has a number below 1"),
         (["fewshot", "--features", "f.zarr", "--out", "o", "--shots", "abc"], "--shots 'abc' is no list of numbers"),
         (["pretrain", "--domain", "pathology", "--data", "nowhere"], "nowhere: there is no such file or folder"),

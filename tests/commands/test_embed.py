@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,6 +236,12 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def embed_in_child(*arguments: Any, **options: Any) -> None:
+    """Its loader's processes are its own children, as those of a command are, and notice its death."""
+    multiprocessing.set_start_method("fork", force=True)
+    embed(*arguments, **options)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_three_times_it_leaves_the_same_bytes(
     workers: int, encoder: str, index: Path, tmp_path: Path, until: Callable[..., None], processes
@@ -255,7 +262,7 @@ def test_killed_three_times_it_leaves_the_same_bytes(
     killed, killed_with = [], []
     # At the first sign of a store, while the first group is under way, and twice further on.
     for moment in (0, 2, 4):
-        process = processes.Process(target=embed, args=(encoder, index, path), kwargs=options)
+        process = processes.Process(target=embed_in_child, args=(encoder, index, path), kwargs=options)
         process.start()
         until(lambda least=moment: path.exists() and groups() >= least)
         process.kill()
@@ -278,7 +285,9 @@ def test_a_second_process_is_told_so(
     encoder: str, index: Path, tmp_path: Path, until: Callable[..., None], processes
 ) -> None:
     path = tmp_path / "f.zarr"
-    process = processes.Process(target=embed, args=(encoder, index, path), kwargs={"batch_size": 2, "workers": 0})
+    process = processes.Process(
+        target=embed_in_child, args=(encoder, index, path), kwargs={"batch_size": 2, "workers": 0}
+    )
     process.start()
     until(path.exists)
     with pytest.raises(UsageError, match=r"f\.zarr: another process is writing to it"):

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,23 @@ LAUNCH += "sys.exit(launch(sys.argv[3:], 2, int(sys.argv[1]), Path(sys.argv[2]))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
-def start(*command: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts Python; whatever is left of it after the test is killed."""
+    started: list[subprocess.Popen] = []
+
+    def run(*command: object) -> subprocess.Popen:
+        words = [sys.executable, *map(str, command)]
+        process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        for pid in descendants_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
 
 
 def steps_of(run: Path) -> list[int]:
@@ -63,7 +72,7 @@ def descendants_of(parent: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_stopped_launcher_has_saved_and_leaves_no_process(
-    tiles, tile_settings: Callable, until: Callable, tmp_path: Path
+    start, tiles, tile_settings: Callable, until: Callable, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     command = start(
@@ -80,7 +89,7 @@ def test_a_stopped_launcher_has_saved_and_leaves_no_process(
     assert reached < LONG["training.steps"]
     assert (run / "checkpoints" / f"step-{reached:08d}" / "checkpoint.json").is_file()
     assert len(started) >= 2
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    until(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()])
     assert processes_of(run) == []
     # The second process's account is in a file of its own.
     assert said.count("float32 on cpu, 2 rank(s), ddp") == 1
@@ -91,24 +100,24 @@ def test_a_stopped_launcher_has_saved_and_leaves_no_process(
 
 @pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_no_sample_is_repeated_or_dropped(
-    launcher, tiles, tile_settings: Callable, facts_of: Callable, until: Callable, tmp_path: Path
+    start, launcher, tiles, tile_settings: Callable, facts_of: Callable, until: Callable, tmp_path: Path
 ) -> None:
-    changes = {**LONG, "training.steps": 40, "model.drop_path": 0.3, "model.depth": 2}
+    changes = {**LONG, "training.steps": 24, "model.drop_path": 0.3, "model.depth": 2}
     arguments = ["pretrain", *tile_settings("mae", changes), "--data", str(tiles)]
     run = tmp_path / "killed"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = start(*torchrun, "-m", "fmsuite", *arguments, "--out", run)
-    until(lambda: len(steps_of(run)) >= 14)
+    until(lambda: len(steps_of(run)) >= 10)
     victim = max(pid for pid in children_of(command.pid) if "fmsuite" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(victim, signal.SIGKILL)
     said, _ = command.communicate(timeout=120)
     assert command.returncode == 0, said
     assert "Restart 1: going on from the last checkpoint." in said
     (resumed,) = [int(line.split()[4]) for line in said.splitlines() if "Resuming after step" in line]
-    assert resumed >= 8
+    assert 4 <= resumed < 24
     ran = launcher.start(*arguments, "--out", tmp_path / "whole").wait()
     assert ran.code == 0, ran.text
-    check_equal(facts_of(run), facts_of(tmp_path / "whole"), 40)
+    check_equal(facts_of(run), facts_of(tmp_path / "whole"), 24)
 
 
 def test_a_process_whose_peer_died_says_so_in_a_sentence(

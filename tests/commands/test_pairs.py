@@ -110,7 +110,7 @@ def test_a_run_remembers_its_pairs_and_can_be_continued_without_the_table(
 
     whole = facts_of(run)
     for path in sorted((run / "checkpoints").glob("*"))[1:]:
-        path.unlink()
+        shutil.rmtree(path)
     table.unlink()
     again = ["pretrain", "--domain", "pathology", "--out", run, "--resume"]
     refused = fmsuite(*again, "--pairs", table)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fmsuite.core.training import saver
 
 STEPS = 40
-LONG = {"training.steps": STEPS, "training.checkpoint_every": 3, "model.depth": 2}
+LONG = {"training.steps": STEPS, "training.checkpoint_every": 5, "model.depth": 2}
 HARD = {
     "mae": {**LONG, "model.drop_path": 0.3, "training.accumulate": 2},
     "dino": {**LONG, "model.drop_path": 0.3, "objective.freeze_last_layer": 0},

@@ -6,11 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fmsuite.core import distributed
+from fmsuite.errors import FmsuiteError
 from tests.ranks import averaged
 
 
@@ -61,8 +65,6 @@ def test_no_group_is_joined_outside_torchrun(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_group_of_one_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    import torch.distributed as dist
-
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "RANK" in os.environ
@@ -79,6 +81,27 @@ def test_a_group_of_one_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, 
         assert distributed.active()  # A group that someone else made is left alone.
     finally:
         dist.destroy_process_group()
+
+
+def test_processes_that_start_anew_do_not_meet_the_dead() -> None:
+    """Three starts in one store; in each rank 1 comes first, and finds what the start before has left."""
+    store = dist.HashStore()
+    agreed = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as ranks:
+            later = [ranks.submit(distributed._agree, store, number, 3) for number in (1, 2)]
+            time.sleep(0.12)
+            assert not any(each.done() for each in later)
+            first = distributed._agree(store, 0, 3)
+            assert [each.result(10) for each in later] == [first, first]
+        agreed.append(first)
+    assert len(set(agreed)) == 3
+
+
+def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "MEETING_S", 0.1)
+    with pytest.raises(FmsuiteError, match="The 2 processes of the run did not meet"):
+        distributed._agree(dist.HashStore(), 0, 2)
 
 
 SLOW_MAIN = """

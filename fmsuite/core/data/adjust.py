@@ -118,27 +118,39 @@ def adjusted(view: View) -> View:
     with torch.no_grad(), torch.autocast(view.pixels.device.type, enabled=False):
         # The parameters stay on the host until here, so that what to leave out is decided without waiting for a GPU.
         parts = {name: part.cpu() for name, part in view.adjust.items()}
-        values, valid = view.pixels.to(torch.float32), view.valid
-        if valid is not None:
-            # An invalid value may be anything, NaN too, which no weight of zero takes out of a sum.
-            values = torch.where(valid, values, torch.zeros((), device=values.device))
-        if "absorbance" in parts:
-            maps = parts["absorbance"]
-            changed = (maps != torch.eye(*maps.shape[1:])).flatten(1).any(1)
-            values = _on_rows(values, valid, changed, _map_absorbance, maps)
+        if view.pixels.device.type != "cpu":
+            return replace(view, pixels=_applied(view.pixels, view.valid, parts), adjust=None)
+        # Row by row, a picture stays in a core's cache from one step to the next.
+        done = torch.empty(view.pixels.shape, dtype=torch.float32)
+        for row in range(len(view)):
+            one = slice(row, row + 1)
+            valid = None if view.valid is None else view.valid[one]
+            done[one] = _applied(view.pixels[one], valid, {name: part[one] for name, part in parts.items()})
+    return replace(view, pixels=done, adjust=None)
+
+
+def _applied(pixels: Tensor, valid: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+    values = pixels.to(torch.float32, copy=True)
+    if valid is not None:
+        # An invalid value may be anything, NaN too, which no weight of zero takes out of a sum.
+        values = torch.where(valid, values, torch.zeros((), device=values.device))
+    if "absorbance" in parts:
+        maps = parts["absorbance"]
+        changed = (maps != torch.eye(*maps.shape[1:])).flatten(1).any(1)
+        values = _on_rows(values, valid, changed, _map_absorbance, maps)
+    if "limits" in parts:
+        values = _clipped(values, parts["limits"][:, 0])
+    for number in range(parts["maps"].shape[1] if "maps" in parts else 0):
+        values = _mapped(values, valid, parts["maps"][:, number])
         if "limits" in parts:
-            values = _clipped(values, parts["limits"][:, 0])
-        for number in range(parts["maps"].shape[1] if "maps" in parts else 0):
-            values = _mapped(values, valid, parts["maps"][:, number])
-            if "limits" in parts:
-                values = _clipped(values, parts["limits"][:, number + 1])
-        if "blur" in parts:
-            values = _on_rows(values, valid, (parts["blur"] > 0).any(1), _blurred, parts["blur"])
-        if "noise" in parts:
-            values = _noisy(values, parts["noise"], parts["seed"])
-        if "gamma" in parts:
-            values = _on_rows(values, valid, parts["gamma"] != 1, _gamma, parts["gamma"])
-    return replace(view, pixels=values, adjust=None)
+            values = _clipped(values, parts["limits"][:, number + 1])
+    if "blur" in parts:
+        values = _on_rows(values, valid, (parts["blur"] > 0).any(1), _blurred, parts["blur"])
+    if "noise" in parts:
+        values = _noisy(values, parts["noise"], parts["seed"])
+    if "gamma" in parts:
+        values = _on_rows(values, valid, parts["gamma"] != 1, _gamma, parts["gamma"])
+    return values
 
 
 def _there(part: Tensor, values: Tensor, dims: int | None = None) -> Tensor:
@@ -187,10 +199,10 @@ def _channel_means(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _clipped(values: Tensor, limits: Tensor) -> Tensor:
-    """To (B, 2) limits."""
+    """To (B, 2) limits, in place."""
     if torch.equal(limits, limits[:1].expand_as(limits)):
         low, high = limits[0].tolist()
-        return values if low == -np.inf and high == np.inf else values.clamp(low, high)
+        return values if low == -np.inf and high == np.inf else values.clamp_(low, high)
     return torch.minimum(torch.maximum(values, _there(limits[:, 0], values)), _there(limits[:, 1], values))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -260,3 +261,5 @@ def _start_worker(worker: int) -> None:
     """One thread a worker, and Ctrl-C is the main process's business."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A collection writes to every object it looks at, and would copy the memory that is shared with the main process.
+    gc.freeze()

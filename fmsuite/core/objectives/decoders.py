@@ -133,17 +133,19 @@ class MaskDecoder(VisibleEncoder):
         """What goes into the decoder's first block: (B, S, decoder_width), the class token first if there is one, then
         all N tokens in the order of the layout; and which of them attention may read, see ``key_mask_of``."""
         features, ids, keep_valid, layout = visible.features, visible.ids, visible.keep_valid, visible.layout
-        shown = self.decoder_embed(features.patches)
+        prefix = 0 if features.cls is None else 1
+        # One product for the class token and the patches; registers are left behind.
+        read = features.patches if features.cls is None else torch.cat([features.cls[:, None], features.patches], dim=1)
+        embedded = self.decoder_embed(read)
+        shown = embedded[:, prefix:]
         hidden = self.mask_token.to(shown.dtype)
         if keep_valid is not None:
             shown = torch.where(keep_valid[..., None], shown, hidden)
         tokens = hidden.expand(len(shown), layout.num_tokens, -1)
         tokens = tokens.scatter(1, ids[..., None].expand_as(shown), shown)
         tokens = tokens + self._positions(layout).to(tokens.dtype)
-        prefix = 0
-        if features.cls is not None:
-            prefix = 1
-            tokens = torch.cat([self.decoder_embed(features.cls)[:, None], tokens], dim=1)
+        if prefix:
+            tokens = torch.cat([embedded[:, :1], tokens], dim=1)
         return tokens, key_mask_of(layout.valid, prefix)
 
     def _positions(self, layout: TokenLayout) -> Tensor:

@@ -33,7 +33,7 @@ ANSWER_S = 10.0
 """How long a cluster may take to accept a connection."""
 _LOOK_S = 1.0
 _ROOM_S = 60.0
-"""After so long without any worker that could be placed, the log says so."""
+"""After so long without any worker, the log says so: the cluster may be full."""
 
 
 class RayActors:
@@ -126,7 +126,7 @@ class RayActors:
     def _say_if_nothing_fits(self) -> None:
         if not self.heard and time.monotonic() - self.started > _ROOM_S:
             self.heard = True
-            log.warning("Ray has had no room for a worker for %d s; waiting.", _ROOM_S)
+            log.warning("For %d s no worker has started on the Ray cluster; still waiting.", _ROOM_S)
 
     def discard(self, place: int) -> None:
         self.ray.kill(self.actors.pop(place))
@@ -168,7 +168,8 @@ def _join(ray: Any, address: str, asked: int, resources: Resources) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UsageError(
             f"--ray {address}: there is no cluster to join ({' '.join(str(error).split())}).",
-            "Start one with `ray start --head`, give its address as HOST:PORT, or use --ray local.",
+            "Start one with `ray start --head`, give its address as HOST:PORT, or use --ray local. A cluster that asks for "
+            "a token (~/.ray/auth_token) is joined with RAY_AUTH_MODE=token in the environment.",
         ) from error
 
 

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 DESCRIPTION = "checkpoint.json"
 TABLE = ".metadata"
 """Where PyTorch says which tensor is in which file."""
+BUFFER = 2**20
+"""Bytes that are written at once; a tensor comes in dozens of pieces."""
 
 _TABLE_TYPES = {
     "torch": ("Size",),
@@ -98,26 +100,23 @@ class Reader(FileSystemReader):
         return self.table
 
 
-class _Recorder(io.FileIO):
+class _Recorder(io.BufferedWriter):
     """Remembers why a write failed, which ``torch.save`` reports as an unspecific RuntimeError."""
 
     failure: OSError | None = None
 
-    def write(self, data: Any, /) -> int:  # type: ignore[override]
-        view, done = memoryview(data).cast("B"), 0
+    def write(self, data: Any, /) -> int:
         try:
-            while done < len(view):
-                done += super().write(view[done:]) or 0
+            return super().write(data)
         except OSError as error:
             self.failure = error
             raise
-        return done
 
 
 class _RecordingFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with _Recorder(path, mode) as stream:
+        with _Recorder(io.FileIO(path, mode), BUFFER) as stream:
             try:
                 yield stream
             except RuntimeError as error:
@@ -158,6 +157,7 @@ class Writer(FileSystemWriter):
         super().finish(metadata, results)
         with self.fs.create_stream(self.partial / DESCRIPTION, "wb") as stream:
             stream.write(self.description.encode("utf-8"))  # type: ignore[attr-defined]
+            stream.flush()
             os.fsync(stream.fileno())
         sync_folder(self.partial)
         replaced = self.target.with_name(f".{self.target.name}.replaced")
