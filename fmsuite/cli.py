@@ -122,7 +122,7 @@ def pretrain(
     from fmsuite.core.training.interrupt import warning_ends
 
     if _launches(gpus, restarts):
-        raise typer.Exit(_launch(gpus or 1, restarts, domain, out, resume or auto_resume))
+        raise typer.Exit(_launch(gpus or 1, restarts, domain, out, resume, auto_resume))
     if resume and auto_resume:
         raise UsageError("--resume and --auto-resume exclude each other.", "Give one of them.")
     warning_ends()
@@ -165,12 +165,12 @@ def _launches(gpus: int | None, restarts: int) -> bool:
     return not is_inside()
 
 
-def _launch(gpus: int, restarts: int, domain: str, out: Path | None, goes_on: bool) -> int:
+def _launch(gpus: int, restarts: int, domain: str, out: Path | None, resume: bool, auto_resume: bool) -> int:
     from fmsuite.commands.launch import check_gpus, launch
     from fmsuite.commands.pretrain import run_path
 
     check_gpus(gpus)
-    folder = run_path(domain, out, goes_on)
+    folder = run_path(domain, out, "--resume" if resume else "--auto-resume" if auto_resume else None)
     arguments = sys.argv[1:] if out is not None else [*sys.argv[1:], "--out", str(folder)]
     return launch(arguments, gpus, restarts, folder / "logs")
 

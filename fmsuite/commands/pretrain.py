@@ -99,7 +99,7 @@ def pretrain(
         FmsuiteError: if training cannot go on; the last checkpoint stays usable.
     """
     load_domain(domain)
-    run = RunFolder(run_path(domain, out, resume or auto_resume))
+    run = RunFolder(run_path(domain, out, "--resume" if resume else "--auto-resume" if auto_resume else None))
     if not resume and _goes_on(run, auto_resume):
         resume, data, recipe, objective, pairs = True, (), None, None, None
     config = _run_config(run, domain, recipe, objective, overrides, resume)
@@ -141,16 +141,19 @@ def _check_pairs(objective: str, pairs: Path | None, run: RunFolder, resume: boo
         raise UsageError("--resume goes on with the run's own pairs.parquet.", "Leave out --pairs.")
 
 
-def run_path(domain: str, out: Path | None, resume: bool) -> Path:
+def run_path(domain: str, out: Path | None, continued_by: str | None) -> Path:
     """``out``, or a new folder for a new run.
+
+    Args:
+        continued_by: the option that asks for a run to be continued, if one does.
 
     Raises:
         UsageError: where one has to be named.
     """
     if out is not None:
         return out
-    if resume:
-        raise UsageError("--resume and --auto-resume need --out: which run to continue.")
+    if continued_by is not None:
+        raise UsageError(f"{continued_by} needs --out: which run to continue.")
     if distributed.launched():
         raise UsageError("Under torchrun --out is needed, so that all processes write to one folder.")
     return Path("runs") / f"{domain}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -15,10 +15,10 @@ import torch
 from fmsuite import __version__
 from fmsuite.core.data.grouping import By
 from fmsuite.core.data.index import SampleIndex
-from fmsuite.core.data.loader import default_workers
+from fmsuite.core.data.loader import WORKERS_ADVICE, default_workers, explained_deaths
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.skipped import Skipped, SkippedLog
-from fmsuite.core.embedding_plan import UNIT_BATCHES, Plan, WindowsUnit
+from fmsuite.core.embedding_plan import BATCHING, UNIT_BATCHES, Plan, WindowsUnit
 from fmsuite.core.embedding_work import Embedder, Failures, MakeWork, UnitFeatures
 from fmsuite.core.features import FeatureStore, StoreFacts
 from fmsuite.core.pool import ONE_CORE, Outcome, Resources, run_units
@@ -87,6 +87,7 @@ def store_facts(
         index_hash=index.hash,
         by=by,
         batch_size=batch_size,
+        batching=BATCHING,
         precision=precision,
         versions={"fmsuite": __version__, **package_versions(_PACKAGES)},
         command=list(command),
@@ -157,8 +158,10 @@ def embed(
                 groups.take(outcome.unit, outcome.result or _given_up(outcome, facts.dim))
                 yield from [None] * len(outcome.unit)
 
-    for _ in progress(run(), plan.windows, "Embedding windows"):
-        pass
+    # torch tells of a reader's death in whatever runs then, which may be the writing here.
+    with explained_deaths(WORKERS_ADVICE):
+        for _ in progress(run(), plan.windows, "Embedding windows"):
+            pass
     if not store.stored():
         first = next(iter(store.unreadable().values()))
         raise FmsuiteError(

@@ -13,6 +13,8 @@ import pyarrow as pa
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.features import FeatureStore
 
+BATCHING = 2
+"""The number of the rule for batches, see ``batch_edges``; another rule gets another number."""
 UNIT_BATCHES = 8
 """Batches of one large group that a worker takes at a time: little enough that a single group is shared out too."""
 

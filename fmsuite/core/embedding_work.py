@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fmsuite.core.data.index import SampleIndex, Window
-from fmsuite.core.data.loader import WORKERS_ADVICE, explained_deaths, load_windows
+from fmsuite.core.data.loader import load_windows
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows, joined
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.sample import Batch, SkippedWindow, View
@@ -134,7 +134,7 @@ class EmbeddingWork:
                 open_units.append(_OpenUnit(unit, self.embedder.dim, self.device))
                 yield from unit.requests()
 
-        with explained_deaths(WORKERS_ADVICE), closing(self._loaded(requests())) as loaded:
+        with closing(self._loaded(requests())) as loaded:
             for batch, failed in loaded:
                 unit = open_units[0]
                 if failed and self.what.strict:

@@ -38,6 +38,8 @@ class StoreFacts(BaseModel):
         index_hash: ``SampleIndex.hash``.
         by: what a group is.
         batch_size: windows in a batch; the last bits of features depend on it.
+        batching: the rule by which groups are cut into batches (``embedding_plan.BATCHING``); stores without it have
+            the first, whose batches could hold windows of any groups.
         precision: number format of the encoder's matrix products.
         versions: of the packages that made the features.
         command: the command line that began the store.
@@ -56,6 +58,7 @@ class StoreFacts(BaseModel):
     index_hash: str
     by: By
     batch_size: int = Field(ge=1)
+    batching: int = Field(default=1, ge=1)
     precision: str = "float32"
     versions: dict[str, str] = Field(default_factory=dict)
     command: list[str] = Field(default_factory=list)
@@ -67,7 +70,7 @@ class StoreFacts(BaseModel):
             found.append(f"index {self.index_hash} ({self.domain}) against {other.index_hash} ({other.domain})")
         if self.identity != other.identity:
             found.append(f"encoder {self.name} ({self.identity}) against {other.name} ({other.identity})")
-        for name in ("pooling", "dim", "size", "axes", "by", "batch_size", "precision"):
+        for name in ("pooling", "dim", "size", "axes", "by", "batch_size", "batching", "precision"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name} {mine} against {theirs}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,19 +11,12 @@ from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.vit import VisionTransformer
 from fmsuite.core.inputs import InputSpec, rgb_channels
 from fmsuite.core.objectives.heads import DINOHead
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cost_model", ROOT / "benchmarks" / "cost_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cost_model"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cost_model")
 
 
 def test_the_page_says_what_the_script_computes(script: ModuleType) -> None:

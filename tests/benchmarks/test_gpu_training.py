@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import load_script
+
 GIVEN = argparse.Namespace(
     drop_path=0.2, no_compile=True, checkpoint=False, batch=None, steps=1, warm_up=1, profile=True, ranks=1
 )
@@ -19,13 +18,7 @@ GIVEN = argparse.Namespace(
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_training", ROOT / "benchmarks" / "gpu_training.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_training"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_training")
 
 
 @pytest.mark.parametrize(("name", "way"), [("dinov2", "plain"), ("dinov2", "ddp"), ("mae", "plain"), ("mae", "ddp")])

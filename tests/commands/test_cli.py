@@ -87,7 +87,7 @@ def test_a_misspelt_name_is_answered_with_the_nearest_right_one(
         (["pretrain", "--domain", "medical", "--recipe", "uni"], "is for --domain pathology, not medical"),
         (["pretrain", "--domain", "pathology", "--set", "training.batch_size=many"], "training.batch_size"),
         (["pretrain", "--domain", "pathology", "--set", "training.steps"], "expected key=value"),
-        (["pretrain", "--domain", "pathology", "--resume"], "--resume and --auto-resume need --out"),
+        (["pretrain", "--domain", "pathology", "--resume"], "--resume needs --out"),
         (["fewshot", "--features", "f.zarr", "--out", "o", "--shots", "0,2"], "--shots '0,2' has a number below 1"),
         (["fewshot", "--features", "f.zarr", "--out", "o", "--shots", "abc"], "--shots 'abc' is no list of numbers"),
         (["pretrain", "--domain", "pathology", "--data", "nowhere"], "nowhere: there is no such file or folder"),

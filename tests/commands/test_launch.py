@@ -113,6 +113,7 @@ def test_a_killed_rank_is_restarted_and_no_sample_is_repeated_or_dropped(
     said, _ = command.communicate(timeout=120)
     assert command.returncode == 0, said
     assert "Restart 1: going on from the last checkpoint." in said
+    assert said.count("Done at step") == 1
     (resumed,) = [int(line.split()[4]) for line in said.splitlines() if "Resuming after step" in line]
     assert 4 <= resumed < 24
     ran = launcher.start(*arguments, "--out", tmp_path / "whole").wait()
@@ -157,7 +158,7 @@ def test_auto_resume_begins_a_run_and_continues_it(
     assert "The run is complete" in ran.text
     ran = fmsuite(*given[:-2])
     assert ran.code == 2
-    assert "--auto-resume need --out" in ran.text
+    assert "--auto-resume needs --out" in ran.text
     ran = fmsuite(*given, "--resume")
     assert ran.code == 2
     assert "exclude each other" in ran.text

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,38 +38,35 @@ def environments() -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
-@pytest.mark.parametrize(("objective", "strategy"), [("mae", "ddp"), ("dinov2", "ddp"), ("dinov2", "fsdp2")])
-def test_two_processes_have_the_losses_of_one(
-    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path, objective: str, strategy: str
-) -> None:
-    changes = {**CHANGES[objective], "training.steps": STEPS, "training.strategy": strategy}
-    arguments = ["pretrain", *tile_settings(objective, changes), "--data", tiles, "--out"]
-    commands = [launcher.start(*arguments, tmp_path / "two", environment=e) for e in environments()]
-    for ran in [command.wait() for command in commands]:
-        assert ran.code == 0, ran.text
-    ran = launcher.start(*arguments, tmp_path / "one").wait()
-    assert ran.code == 0, ran.text
-    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))
-
-
-def test_a_run_of_two_processes_goes_on_as_one(
+def test_two_processes_have_the_losses_of_one_and_can_be_continued_by_one(
     launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path
 ) -> None:
-    arguments = tile_settings("mae", {**CHANGES["mae"], "training.steps": STEPS, "training.checkpoint_every": 1})
-    commands = [
-        launcher.start("pretrain", *arguments, "--data", tiles, "--out", tmp_path / "two", environment=e)
-        for e in environments()
-    ]
-    for ran in [command.wait() for command in commands]:
-        assert ran.code == 0, ran.text
-    checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
-    shutil.rmtree(checkpoints[-1])
-    ran = launcher.start("pretrain", "--domain", "pathology", "--out", tmp_path / "two", "--resume").wait()
+    changes = {**CHANGES["mae"], "training.steps": STEPS, "training.checkpoint_every": 1}
+    two, one = equal_runs(launcher, tmp_path, facts_of, *tile_settings("mae", changes), "--data", tiles)
+    shutil.rmtree(max((two / "checkpoints").glob("step-*")))
+    ran = launcher.start("pretrain", "--domain", "pathology", "--out", two, "--resume").wait()
     assert ran.code == 0, ran.text
     assert f"Resuming after step {STEPS - 1}" in ran.text
-    ran = launcher.start("pretrain", *arguments, "--data", tiles, "--out", tmp_path / "one").wait()
+    check_equal(facts_of(two), facts_of(one))
+
+
+def test_two_processes_in_parts_have_the_losses_of_one(
+    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path
+) -> None:
+    changes = {**CHANGES["dinov2"], "training.steps": STEPS, "training.strategy": "fsdp2"}
+    equal_runs(launcher, tmp_path, facts_of, *tile_settings("dinov2", changes), "--data", tiles)
+
+
+def equal_runs(launcher, folder: Path, facts_of: Callable, *arguments: object) -> tuple[Path, Path]:
+    """The folders of one run by two processes and by one, which have been compared."""
+    two, one = folder / "two", folder / "one"
+    commands = [launcher.start("pretrain", *arguments, "--out", two, environment=e) for e in environments()]
+    for ran in [command.wait() for command in commands]:
+        assert ran.code == 0, ran.text
+    ran = launcher.start("pretrain", *arguments, "--out", one).wait()
     assert ran.code == 0, ran.text
-    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))
+    check_equal(facts_of(two), facts_of(one))
+    return two, one
 
 
 def test_wrong_use_is_said_by_every_process_and_none_hangs(launcher, tiles, tile_settings, tmp_path) -> None:
@@ -88,20 +82,3 @@ def test_wrong_use_is_said_by_every_process_and_none_hangs(launcher, tiles, tile
         for ran in [command.wait() for command in commands]:
             assert ran.code == 2, ran.text
             assert sentence in ran.text
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_command_as_documented(
-    launcher, tiles, tile_settings: Callable, facts_of: Callable, tmp_path: Path
-) -> None:
-    arguments = ["pretrain", *tile_settings("mae", {**CHANGES["mae"], "training.steps": STEPS}), "--data", str(tiles)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fmsuite"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
-        [*command, *arguments, "--out", str(tmp_path / "two")], env=environment, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("Done at step") == 1
-    ran = launcher.start(*arguments, "--out", tmp_path / "one").wait()
-    assert ran.code == 0, ran.text
-    check_equal(facts_of(tmp_path / "two"), facts_of(tmp_path / "one"))

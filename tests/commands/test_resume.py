@@ -75,7 +75,7 @@ def test_a_run_that_was_killed_three_times_is_the_uninterrupted_run_bit_for_bit(
     assert_equal_runs(facts_of(run), expected)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143)])
 def test_a_run_that_was_told_to_stop_says_so_by_its_code_and_can_be_finished(
     launcher, tiles, tile_settings, facts_of, uninterrupted, until, tmp_path, number: int, code: int
 ) -> None:

@@ -266,6 +266,7 @@ def test_a_group_that_was_removed_is_missing(filled: Path) -> None:
         ({"by": "folder"}, "by source against folder"),
         ({"size": (64, 64)}, r"size \(32, 32\) against \(64, 64\)"),
         ({"batch_size": 4}, "batch_size 8 against 4"),
+        ({"batching": 2}, "batching 1 against 2"),
         ({"precision": "bf16"}, "precision float32 against bf16"),
         ({"dim": 6}, "dim 5 against 6"),
     ],

@@ -172,6 +172,11 @@ class Backbone(nn.Module, ABC):
             [self(view, keep=kept, keep_valid=valid, mask=mask) for view, kept, valid, mask in crops.bundles]
         )
 
+    def transformer_blocks(self) -> Sequence[nn.Module]:
+        """Its blocks in order, each a module that is called once a pass: what FSDP2 gathers one at a time. None, by
+        default."""
+        return ()
+
     @abstractmethod
     def layer_of(self, parameter: str) -> int:
         """The layer of a parameter by its name in this module: 0 for embeddings and positions, i + 1 for block i,

@@ -71,6 +71,9 @@ class TimmBackbone(Backbone):
     def _is_transformer(self) -> bool:
         return hasattr(self.model, "blocks") and hasattr(self.model, "num_prefix_tokens")
 
+    def transformer_blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.blocks) if self._is_transformer else ()
+
     def layer_of(self, parameter: str) -> int:
         return min(self._layers[parameter.removeprefix("model.")], self.depth + 1)
 

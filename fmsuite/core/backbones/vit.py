@@ -107,6 +107,9 @@ class VisionTransformer(Backbone):
         """Whether the first row of ``pos_embed`` belongs to the class token."""
         return self.pos_embed is not None and self.has_cls and self.config.positions_cls
 
+    def transformer_blocks(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
     def layer_of(self, parameter: str) -> int:
         head, _, rest = parameter.partition(".")
         if head == "blocks":

@@ -107,6 +107,8 @@ class Objective(nn.Module, ABC):
     card: ClassVar[Card | None] = None
     needs_pairs: ClassVar[bool] = False
     """It trains on windows that a table pairs with texts or vectors (``--pairs``)."""
+    batch_statistic: ClassVar[str | None] = None
+    """What of the loss is a statistic of the batch, in words, and with accumulation one of a micro-batch."""
 
     def __init__(self, config: ObjectiveConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -59,6 +59,7 @@ class BYOL(TwoViewsOfTeacher):
     """
 
     name: ClassVar[str] = "byol"
+    batch_statistic: ClassVar[str | None] = "batch normalisation"
     Config: ClassVar[type[ObjectiveConfig]] = BYOLConfig
     card: ClassVar[Card] = Card(
         family="embedding",

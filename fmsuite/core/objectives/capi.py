@@ -152,6 +152,7 @@ class CAPI(MaskedView, MomentumTeacher):
     """
 
     name: ClassVar[str] = "capi"
+    batch_statistic: ClassVar[str | None] = "Sinkhorn assignments"
     Config: ClassVar[type[ObjectiveConfig]] = CAPIConfig
     card: ClassVar[Card] = Card(
         family="tokens",

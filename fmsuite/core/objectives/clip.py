@@ -71,6 +71,7 @@ class CLIP(Paired):
     """
 
     name: ClassVar[str] = "clip"
+    batch_statistic: ClassVar[str | None] = "negatives"
     Config: ClassVar[type[ObjectiveConfig]] = CLIPConfig
     card: ClassVar[Card] = Card(
         family="pairs",

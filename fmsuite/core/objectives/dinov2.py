@@ -48,6 +48,7 @@ class DINOv2(MaskedDistillation):
     """
 
     name: ClassVar[str] = "dinov2"
+    batch_statistic: ClassVar[str | None] = "KoLeo's neighbours, and Sinkhorn assignments where they are chosen"
     Config: ClassVar[type[ObjectiveConfig]] = DINOv2Config
     card: ClassVar[Card] = Card(
         family="embedding",

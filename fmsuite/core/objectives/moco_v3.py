@@ -78,6 +78,7 @@ class MoCoV3(TwoViewsOfTeacher):
     """
 
     name: ClassVar[str] = "mocov3"
+    batch_statistic: ClassVar[str | None] = "negatives and batch normalisation"
     Config: ClassVar[type[ObjectiveConfig]] = MoCoV3Config
     card: ClassVar[Card] = Card(
         family="embedding",

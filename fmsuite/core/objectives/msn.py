@@ -199,6 +199,7 @@ class MSN(MultiCrop, MomentumTeacher):
     """
 
     name: ClassVar[str] = "msn"
+    batch_statistic: ClassVar[str | None] = "Sinkhorn assignments and the mean prediction"
     Config: ClassVar[type[ObjectiveConfig]] = MSNConfig
     card: ClassVar[Card] = Card(
         family="embedding",
@@ -333,6 +334,7 @@ class PMSN(MSN):
     """
 
     name: ClassVar[str] = "pmsn"
+    batch_statistic: ClassVar[str | None] = "Sinkhorn assignments and the mean prediction"
     Config: ClassVar[type[ObjectiveConfig]] = PMSNConfig
     card: ClassVar[Card] = Card(
         family="embedding",

@@ -140,6 +140,7 @@ class PAWS(MultiCrop):
     """
 
     name: ClassVar[str] = "paws"
+    batch_statistic: ClassVar[str | None] = "the mean prediction and batch normalisation"
     Config: ClassVar[type[ObjectiveConfig]] = PAWSConfig
     card: ClassVar[Card] = Card(
         family="embedding",

@@ -78,6 +78,7 @@ class SigLIP(Paired):
     """
 
     name: ClassVar[str] = "siglip"
+    batch_statistic: ClassVar[str | None] = "negatives"
     Config: ClassVar[type[ObjectiveConfig]] = SigLIPConfig
     card: ClassVar[Card] = Card(
         family="pairs",

@@ -72,6 +72,7 @@ class SimCLR(TwoViews):
     """
 
     name: ClassVar[str] = "simclr"
+    batch_statistic: ClassVar[str | None] = "negatives"
     Config: ClassVar[type[ObjectiveConfig]] = SimCLRConfig
     card: ClassVar[Card] = Card(
         family="embedding",

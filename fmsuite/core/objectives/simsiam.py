@@ -57,6 +57,7 @@ class SimSiam(TwoViews):
     """
 
     name: ClassVar[str] = "simsiam"
+    batch_statistic: ClassVar[str | None] = "batch normalisation"
     Config: ClassVar[type[ObjectiveConfig]] = SimSiamConfig
     card: ClassVar[Card] = Card(
         family="embedding",

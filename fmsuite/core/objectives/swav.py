@@ -148,6 +148,7 @@ class SwAV(MultiCrop):
     """
 
     name: ClassVar[str] = "swav"
+    batch_statistic: ClassVar[str | None] = "Sinkhorn assignments and batch normalisation"
     Config: ClassVar[type[ObjectiveConfig]] = SwAVConfig
     card: ClassVar[Card] = Card(
         family="embedding",

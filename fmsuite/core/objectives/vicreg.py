@@ -94,6 +94,7 @@ class VICReg(TwoViews):
     """
 
     name: ClassVar[str] = "vicreg"
+    batch_statistic: ClassVar[str | None] = "the covariance of the batch"
     Config: ClassVar[type[ObjectiveConfig]] = VICRegConfig
     card: ClassVar[Card] = Card(
         family="embedding",

@@ -168,8 +168,8 @@ def _join(ray: Any, address: str, asked: int, resources: Resources) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UsageError(
             f"--ray {address}: there is no cluster to join ({' '.join(str(error).split())}).",
-            "Start one with `ray start --head`, give its address as HOST:PORT, or use --ray local. A cluster that asks for "
-            "a token (~/.ray/auth_token) is joined with RAY_AUTH_MODE=token in the environment.",
+            "Start one with `ray start --head`, give its address as HOST:PORT, or use --ray local. A cluster that asks "
+            "for a token (~/.ray/auth_token) is joined with RAY_AUTH_MODE=token in the environment.",
         ) from error
 
 

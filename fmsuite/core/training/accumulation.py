@@ -12,23 +12,6 @@ from fmsuite.core.distributed import all_sum
 from fmsuite.core.objectives.base import Objective
 from fmsuite.errors import FmsuiteError
 
-STATISTICS = {
-    "byol": "batch normalisation",
-    "capi": "Sinkhorn assignments",
-    "clip": "negatives",
-    "dinov2": "KoLeo's neighbours, and Sinkhorn assignments where they are chosen",
-    "mocov3": "negatives and batch normalisation",
-    "msn": "Sinkhorn assignments and the mean prediction",
-    "paws": "the mean prediction and batch normalisation",
-    "pmsn": "Sinkhorn assignments and the mean prediction",
-    "siglip": "negatives",
-    "simclr": "negatives",
-    "simsiam": "batch normalisation",
-    "swav": "Sinkhorn assignments and batch normalisation",
-    "vicreg": "the covariance of the batch",
-}
-"""What of the built-in objectives is a statistic of the batch, and with accumulation one of a micro-batch."""
-
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """Micro-batches of equal size, in order; each has all of the supports.
@@ -65,7 +48,7 @@ def shares(objective: Objective, parts: Sequence[Batch], device: torch.device) -
 
 def batch_statistics(objective: Objective) -> str | None:
     """What of an objective's loss is a statistic of the batch, in words; ``None`` if samples do not know each other."""
-    known = STATISTICS.get(objective.name)
+    known = objective.batch_statistic
     if known is None and type(objective).check_batch is not Objective.check_batch:
         known = "what compares samples"
     if known is None and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in objective.modules()):

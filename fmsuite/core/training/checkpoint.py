@@ -36,6 +36,7 @@ FREE_KEYS = (
     "training.device",
     "training.precision",
     "training.compile",
+    "training.compile_mode",
     "training.strategy",
     "training.activation_checkpointing",
     "training.workers",

@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, Literal
 
@@ -246,7 +246,7 @@ class Sharded(Strategy):
             _empty(target)
 
     def _shard_blocks(self, backbone: Backbone) -> None:
-        for block in blocks_of(backbone):
+        for block in backbone.transformer_blocks():
             fully_shard(block, mesh=self.mesh, mp_policy=self.policy, reshard_after_forward=True)
             for name in getattr(block, "entry_points", ()):
                 register_fsdp_forward_method(block, name)
@@ -260,15 +260,6 @@ class Sharded(Strategy):
 
 def make_strategy(name: Name, objective: Objective, device: torch.device, precision: Precision) -> Replicated | Sharded:
     return Sharded(objective, device, precision) if name == "fsdp2" else Replicated(objective, device)
-
-
-def blocks_of(backbone: Backbone) -> Iterable[nn.Module]:
-    """A backbone's transformer blocks, its own or those of the timm model inside; none of a network without such."""
-    for holder in (backbone, getattr(backbone, "model", None)):
-        blocks = getattr(holder, "blocks", None)
-        if isinstance(blocks, nn.ModuleList | nn.Sequential):
-            return list(blocks)
-    return []
 
 
 def hidden_backbones(objective: Objective) -> list[Backbone]:

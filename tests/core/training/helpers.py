@@ -70,6 +70,9 @@ class ToyBackbone(Backbone):
         x = self.norm(x)
         return Features(x[:, 1:], self.layout(view), cls=x[:, 0])
 
+    def transformer_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def layer_of(self, parameter: str) -> int:
         if parameter.startswith("blocks."):
             return int(parameter.split(".")[1]) + 1

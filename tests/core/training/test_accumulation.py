@@ -11,10 +11,10 @@ import torch
 
 from fmsuite.core.data.sample import Batch
 from fmsuite.core.objectives.base import OBJECTIVES, Objective, StepContext
-from fmsuite.core.training.accumulation import STATISTICS, batch_statistics, shares, split_batch
+from fmsuite.core.training.accumulation import batch_statistics, shares, split_batch
 from fmsuite.core.training.optim import clip_gradients
 from tests.core.objectives import conftest as toys
-from tests.core.training.helpers import make_config, make_objective, run_toy
+from tests.core.training.helpers import ToyObjective, make_config, make_objective, run_toy
 
 CPU = torch.device("cpu")
 SAMPLES = 8
@@ -91,11 +91,13 @@ def test_batches_without_targets_count_the_same() -> None:
     assert [float(s) for s in shares(Nothing(base.config, base.backbone), [None] * 4, CPU)] == [0.25] * 4  # type: ignore[list-item]
 
 
-def test_objectives_that_know_the_batch_are_named() -> None:
-    assert STATISTICS.keys() < OBJECTIVES.keys()
+def test_objectives_that_know_the_batch_say_so_and_the_page_names_them() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
+    section = page[page.index("Where samples know each other") : page.index("## Checkpoints")]
     for name, objective in OBJECTIVES.items():
         compares = objective.check_batch is not Objective.check_batch
-        assert not compares or name in STATISTICS, name
+        assert not compares or objective.batch_statistic, name
+        assert (f"`{name}`" in section) == (objective.batch_statistic is not None), name
     for name in ("mae", "dino", "ibot", "simmim", "ijepa"):
         assert batch_statistics(toys._objective(name)) is None
     assert batch_statistics(toys._objective("simclr")) == "negatives"
@@ -107,7 +109,7 @@ def test_a_run_says_once_what_is_not_the_whole_batchs(
     with caplog.at_level(logging.INFO, "fmsuite"):
         run_toy(tmp_path / "silent", make_config(3, accumulate=2))
     assert "accumulate" not in caplog.text
-    monkeypatch.setitem(STATISTICS, "toy", "negatives")
+    monkeypatch.setattr(ToyObjective, "batch_statistic", "negatives")
     with caplog.at_level(logging.INFO, "fmsuite"):
         run_toy(tmp_path / "said", make_config(3, accumulate=2))
     assert caplog.text.count("negatives of 'toy' are those of 4 samples, not of the whole batch of 8") == 1

@@ -25,6 +25,7 @@ from tests.core.training.helpers import (
     ROOT,
     ToyObjective,
     final_state,
+    main,
     make_batch,
     make_config,
     make_loader,
@@ -219,12 +220,14 @@ def test_micro_batches_keep_order_and_cover_the_batch() -> None:
         split_batch(batch, 4)
 
 
-@pytest.mark.slow
+def run_main(me: int, *arguments: str) -> None:
+    main(arguments)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path: Path, accumulate: int) -> None:
+def test_two_ranks_equal_one_process_at_the_same_global_batch(two_ranks, tmp_path: Path, accumulate: int) -> None:
     run_toy(tmp_path / "one", make_config(8))
-    start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.core.training.helpers"]
-    python(*start, str(tmp_path / "two"), "--steps", "8", "--accumulate", str(accumulate), "--skip")
+    two_ranks(run_main, str(tmp_path / "two"), "--steps", "8", "--accumulate", str(accumulate), "--skip")
     for one, two in zip(measured(tmp_path / "one"), measured(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     one, two = final_state(tmp_path / "one", 8), final_state(tmp_path / "two", 8)
@@ -238,12 +241,10 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path: Path, ac
     }
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_rank_stops_both_and_one_process_resumes(tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_both_and_one_process_resumes(two_ranks, tmp_path: Path) -> None:
     run_toy(tmp_path / "whole", make_config(8))
-    start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.core.training.helpers"]
     stop = ["--steps", "8", "--stop-at", "4", "--kill-with", str(int(signal.SIGINT))]
-    python(*start, str(tmp_path / "parts"), *stop)
+    two_ranks(run_main, str(tmp_path / "parts"), *stop)
     assert (tmp_path / "parts" / "result.txt").read_text() == "5 True"
     assert run_toy(tmp_path / "parts", make_config(8), resume=True).step == 8
     for one, two in zip(measured(tmp_path / "whole"), measured(tmp_path / "parts"), strict=False):
