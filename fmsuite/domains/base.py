@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fmsuite.core.data.grouping import By
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Augmentation, Reader
+from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec
 from fmsuite.errors import UsageError, nearest
@@ -161,6 +162,15 @@ class Domain(ABC):
     @abstractmethod
     def reader(self, index: SampleIndex) -> Reader:
         """Reads the index's windows, resampled to the asked spacing."""
+
+    def scene(self, index: SampleIndex, source: str) -> Scene:
+        """One source of the index, whole, on the grid of ``reader(index)``: for dense predictions.
+
+        Raises:
+            UsageError: if the domain predicts nothing densely, or the source is not in the index.
+            ReadFailure: if the source cannot be read.
+        """
+        raise UsageError(f"The domain '{self.name}' has no dense predictions over whole sources.")
 
     @abstractmethod
     def augmentation(self, spec: InputSpec) -> Augmentation:

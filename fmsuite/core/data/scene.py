@@ -1,0 +1,72 @@
+"""A whole source on the grid of a model's input: what dense predictions are made over, and the way back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fmsuite.core.data.sample import Array, ArraySample
+
+
+class Scene(ABC):
+    """One source, whole, as a model sees it and as its owner stored it.
+
+    The *input's grid* is that of a reader's windows: the input's axes, orientation and spacing. The *native grid* is
+    that of the file: its axes in its own order and direction. A domain may leave out margins that show nothing; what
+    a prediction says there is ``outside``.
+
+    Attributes:
+        source: as in ``Window.source``.
+        size: samples along each of the input's axes.
+        native_size: samples along each axis of the native grid.
+        native_spacing: physical length of a sample of the native grid along each of its axes, in the input's unit.
+    """
+
+    source: str
+    size: tuple[int, ...]
+    native_size: tuple[int, ...]
+    native_spacing: tuple[float, ...]
+
+    @abstractmethod
+    def read(self, start: Sequence[int], extent: Sequence[int]) -> ArraySample:
+        """A box that lies inside ``size``, with the label maps that the domain's options name.
+
+        Raises:
+            ReadFailure: for whatever is wrong with the file or this part of it.
+        """
+
+    @abstractmethod
+    def native_map(self, name: str) -> Array:
+        """A label map as it is stored, (*native_size) integers.
+
+        Raises:
+            ReadFailure: for whatever is wrong with its file.
+            UsageError: if the options name no such map.
+        """
+
+    @abstractmethod
+    def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
+        """(K, *size) float32 to (K, *native_size), interpolated linearly."""
+
+    @abstractmethod
+    def write(self, values: Array, path: Path) -> Path:
+        """Write (*native_size), or (K, *native_size), in the field's own format, so that it lies over the source in
+        any viewer: the same grid, orientation and coordinates.
+
+        Args:
+            path: without a suffix.
+
+        Returns:
+            The file's path.
+        """
+
+    def labels_to_native(self, scores: Array) -> Array:
+        """(K, *size) float32 to (*native_size) uint8: the class with the highest interpolated score, and class 0 where
+        the scene shows nothing."""
+        if len(scores) > np.iinfo(np.uint8).max:
+            raise ValueError(f"{len(scores)} classes do not fit into 8 bits")
+        native = self.scores_to_native(scores, outside=float("-inf"))
+        return native.argmax(axis=0).astype(np.uint8)
