@@ -112,6 +112,9 @@ class SwinUNETR(Backbone):
         """Of ``Features.maps``."""
         return tuple(self.width // 2 ** (STAGES - level) for level in range(STAGES + 1))
 
+    def transformer_blocks(self) -> list[Any]:
+        return [block for stage in range(1, STAGES + 1) for block in getattr(self.swinViT, f"layers{stage}")[0].blocks]
+
     def layer_of(self, parameter: str) -> int:
         found = re.match(r"swinViT\.layers(\d)\.0\.(?:blocks\.(\d+)|downsample)\.", parameter)
         if found is None:
@@ -121,12 +124,12 @@ class SwinUNETR(Backbone):
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of storing its activations."""
-        for block in self._blocks():
+        for block in self.transformer_blocks():
             block.use_checkpoint = enabled
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block in place with ``torch.compile``; parameter names do not change."""
-        for block in self._blocks():
+        for block in self.transformer_blocks():
             block.compile(backend=backend)
 
     def forward(
@@ -184,9 +187,6 @@ class SwinUNETR(Backbone):
 
     def _token(self, x: Tensor) -> Tensor:
         return self.mask_token.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-
-    def _blocks(self) -> list[Any]:
-        return [block for stage in range(1, STAGES + 1) for block in getattr(self.swinViT, f"layers{stage}")[0].blocks]
 
 
 def is_published(state: Mapping[str, Any]) -> bool:

@@ -131,6 +131,7 @@ class SwinSSL(SingleView):
         masks="blocks of up to 30%, replaced by noise, and up to 30% by another sample",
         checked="the public contrast and NT-Xent; loops over blocks, turns and pixels",
     )
+    batch_statistic: ClassVar[str | None] = "negatives, and the samples that are swapped in,"
     config: SwinSSLConfig
 
     def __init__(self, config: SwinSSLConfig, backbone: Backbone) -> None:

@@ -197,6 +197,7 @@ class VoCo(Objective):
         masks="nothing",
         checked="the public modules: labels, loss, regulariser; counted pixels; two ranks against one",
     )
+    batch_statistic: ClassVar[str | None] = "the next sample and batch normalisation"
     config: VoCoConfig
 
     def __init__(self, config: VoCoConfig, backbone: Backbone) -> None:
