@@ -222,3 +222,18 @@ def test_similarities_are_cosines_without_their_negative_half():
     crops, bases = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [-1.0, 1.0]])
     expected = torch.tensor([[1.0, 0.0], [0.0, 0.5**0.5]])
     torch.testing.assert_close(similarities(crops, bases), expected)
+
+
+def test_the_loss_is_not_the_variant_that_squares_what_lies_apart(load):
+    """nnssl averages s^2 over pairs without overlap, and does not square the regulariser's similarities."""
+    reference = load("medical_losses")
+    labels, found = reference["labels"], reference["similarities"]
+    apart = labels == 0
+    near = (-labels * torch.log(1 - (labels - found).abs() + 1e-6)).sum() / labels.sum()
+    variant = near + (found[apart] ** 2).mean()
+    loss = assignment_loss(labels, found, torch.ones_like(labels, dtype=torch.bool))
+    assert loss.item() == pytest.approx((near - torch.log(1 - found[apart] + 1e-6).mean()).item(), rel=1e-5)
+    assert abs(loss - variant) > 0.1
+    flat = similarities(reference["base"], reference["base"]).triu(diagonal=1).sum() / 36
+    squared = orthogonality(reference["base"][None], torch.ones(1, 9, dtype=torch.bool))
+    assert squared < 0.8 * flat
