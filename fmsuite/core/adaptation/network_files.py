@@ -125,7 +125,7 @@ def load_network(folder: str | Path) -> Network:
         model = ModelConfig.model_validate(described["model"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise FmsuiteError(f"{path}: not a network of `fmsuite finetune` ({error}).") from error
-    task = kind(options, build_backbone(model, spec))
+    task = kind(options, build_backbone(model, spec))  # type: ignore[arg-type]
     try:
         task.load_state_dict(read_checkpoint(path))
     except RuntimeError as error:

@@ -62,7 +62,9 @@ def scene_scores(
         return task.predict(normalize.view(view.to(torch.device(device))))
 
     whole = np.empty((task.config.classes, *scene.size), dtype=np.float32)
-    stripes = stream_windows(network, read, scene.size, task.size, overlap=overlap, blend=blend, batch=batch, device=device)
+    stripes = stream_windows(
+        network, read, scene.size, task.size, overlap=overlap, blend=blend, batch=batch, device=device
+    )
     for stripe in stripes:
         whole[:, stripe.start : stripe.start + stripe.values.shape[1]] = stripe.values.cpu().numpy()
     return whole
