@@ -22,6 +22,7 @@ from fmsuite.core.training.progress import console_progress
 from fmsuite.errors import FmsuiteError, UsageError
 
 if TYPE_CHECKING:
+    from fmsuite.core.evaluation.cases import FinetuneResults
     from fmsuite.core.evaluation.results import Results
 
 # Typer brings its own copy of click, or uses the installed one, as its version has it.
@@ -460,6 +461,72 @@ def bench(
 
 
 @app.command()
+def finetune(
+    task: Annotated[Path, typer.Argument(help="YAML file of the task; docs/finetuning.md says what it holds.")],
+    out: Annotated[Path, typer.Option(help="Folder; an interrupted fine-tuning in it goes on.")],
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Files, folders or one index.parquet, in place of the task's.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Run folder, file or timm:NAME, in place of the task's.")] = None,
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Fine-tune a task from an encoder, beside the same network from scratch, and judge it on held-out cases."""
+    from fmsuite.commands.finetune import finetune as run
+    from fmsuite.core.training.interrupt import warning_ends
+
+    warning_ends()
+    outcome = run(
+        task,
+        out,
+        sources=data or [],
+        encoder=encoder,
+        overrides=overrides or [],
+        strict=strict,
+        progress=console_progress,
+        command=sys.argv,
+    )
+    if outcome.stopped_by is not None:
+        _say(f"Interrupted. The same command goes on in {out}.")
+        raise typer.Exit(128 + outcome.stopped_by)
+    assert outcome.results is not None
+    _show_finetuned(outcome.results)
+    _say(f"Report: {outcome.page}")
+    _say(f"Results: {out / 'results.json'}")
+    _finish(outcome.skipped)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="A run of a fine-tuning: a folder with network.safetensors.")],
+    files: Annotated[list[Path], typer.Argument(help="Files or folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps, or for predictions.csv.")],
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers as well.")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Apply a fine-tuned network: label maps in the files' own space, or a table of answers."""
+    from fmsuite.commands.predict import predict as run
+
+    made = run(
+        model,
+        files,
+        out,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        overrides=overrides or [],
+        strict=strict,
+        progress=console_progress,
+    )
+    for path in made.files:
+        _say(str(path))
+    _finish(made.skipped)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of pretrain, fewshot or bench.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
@@ -520,6 +587,24 @@ def _show_results(results: Results) -> None:
         method = f"{e.method}, shuffled labels" if e.shuffled else e.method
         shots = "all" if e.shots is None else str(e.shots)
         table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}")
+    out_console.print(table)
+
+
+def _show_finetuned(results: FinetuneResults) -> None:
+    """The primary metric of every arm and fraction, and how far it is above the control, as a table."""
+    from fmsuite.core.evaluation.cases import OVERALL
+
+    metric = results.metrics[results.primary]
+    table = Table("arm", "labels", metric.short, "difference to scratch", box=None, pad_edge=False)
+    for cell in results.cells:
+        numbers = []
+        for scores, sign in ((cell.scores, ""), (cell.differences, "+")):
+            value = scores.get(results.primary, {}).get(OVERALL)
+            interval = (
+                "" if value is None or value.low is None else f" ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+            )
+            numbers.append("" if value is None else f"{value.mean:{sign}.3f}{interval}")
+        table.add_row(escape(cell.arm), f"{cell.fraction:.3g}", *numbers)
     out_console.print(table)
 
 

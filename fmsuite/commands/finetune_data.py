@@ -138,7 +138,13 @@ def _targets(
     if config.task_name == "segmentation":
         return everything, None, config.classes
     if table is not None:
-        pairs = join_pairs(read_targets(table, config.classes), whole, skipped)
+        found = read_targets(table, config.classes)
+        if found.key == "window" and config.training.windows == "random":
+            raise UsageError(
+                f"{table}: gives numbers to the index's windows, and training.windows=random draws others.",
+                "Name sources or groups, or use training.windows=fixed.",
+            )
+        pairs = join_pairs(found, whole, skipped)
         kept = np.flatnonzero(pairs.of_row >= 0)
         assert isinstance(pairs.values, np.ndarray)
         values = pairs.values[pairs.of_row[kept]]
@@ -158,12 +164,12 @@ def _targets(
     _say_left(len(whole) - len(kept), "without a label", notes)
     if config.task_name == "regression":
         return kept, _as_numbers([str(labels[n]) for n in kept]), ("value",)
-    found = sorted({str(labels[n]) for n in kept}, key=class_order)
-    classes = config.classes or tuple(found)
-    unknown = [name for name in found if name not in classes]
+    names = sorted({str(labels[n]) for n in kept}, key=class_order)
+    classes = config.classes or tuple(names)
+    unknown = [name for name in names if name not in classes]
     if unknown or len(classes) < 2:
         raise UsageError(
-            f"The labels are {', '.join(found)}, and the classes {', '.join(classes)}.",
+            f"The labels are {', '.join(names)}, and the classes {', '.join(classes)}.",
             "Name all of them in task.classes, two at least, or leave it out.",
         )
     return kept, None, classes
