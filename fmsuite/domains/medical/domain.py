@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fmsuite.core.data.index import SampleIndex
-from fmsuite.core.data.reader import Augmentation, Reader
+from fmsuite.core.data.reader import Augmentation
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.base import Domain, Units
 from fmsuite.domains.medical.intensity import Intensity, foreground, standardisation
+from fmsuite.domains.medical.maps import check_folders, read_map
 from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.volumes import SUFFIXES, Volume, load_volume, monai_transforms, resampling
-from fmsuite.domains.medical.windows import windows_over
+from fmsuite.domains.medical.windows import bounding_box, resampled_box, windows_over
 from fmsuite.errors import ReadFailure, UsageError
 from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
 
-GEOMETRY = ("modality", "spacing", "size", "hu_window", "channels", "unknown_orientation")
+if TYPE_CHECKING:
+    from fmsuite.domains.medical.reader import VolumeReader
+    from fmsuite.domains.medical.scene import VolumeScene
+
+GEOMETRY = ("modality", "spacing", "size", "hu_window", "channels", "unknown_orientation", "margin", "maps")
 """Options that an index fixes: its windows and statistics would not fit others."""
 
 
@@ -45,6 +50,7 @@ class MedicalDomain(Domain):
     options: MedicalOptions
 
     def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
+        check_folders(self.options.maps)
         sources = labelled_sources(self.options, paths, SUFFIXES, "NIfTI volumes", skipped)
         monai_transforms()
         return sources
@@ -54,7 +60,11 @@ class MedicalDomain(Domain):
         volume = load_volume(path, None, len(self.options.channel_names), self._assume)
         mask = foreground(path, volume, self.options.modality)
         ratio, shape = resampling(volume.shape, volume.spacing, self.options.full_spacing)
-        positions, content = windows_over(mask, ratio, shape, self.options.full_size, self.options.full_stride)
+        for name, template in self.options.maps.items():
+            read_map(path, volume.native, name, template)
+        box = bounding_box(mask)
+        covered = resampled_box(box, volume.spacing, ratio, shape, self.options.margin)
+        positions, content = windows_over(mask, ratio, shape, covered, self.options.full_size, self.options.full_stride)
         enough = content >= self.options.min_foreground
         if not enough.any():
             raise ReadFailure(
@@ -64,16 +74,19 @@ class MedicalDomain(Domain):
                 "Lower data.min_foreground, or take smaller windows with data.size.",
             )
         extent = [size * r for size, r in zip(self.options.full_size, ratio, strict=True)]
-        facts: dict[str, Any]
+        facts: dict[str, Any] = {"box": box}
         if self.options.modality == "mr":
-            facts = {"intensity": standardisation(path, volume, mask).to_json()}
+            facts["intensity"] = standardisation(path, volume, mask).to_json()
         else:
-            facts = {"moments": self._moments(volume, mask).tolist()}
+            facts["moments"] = self._moments(volume, mask).tolist()
         return SourceRows(task.rows(positions[enough], extent, volume.spacing, content[enough]), facts)
 
     def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
         options = self.options.model_dump(mode="json")
-        metadata: dict[str, Any] = {"options": {key: options[key] for key in GEOMETRY}}
+        metadata: dict[str, Any] = {
+            "options": {key: options[key] for key in GEOMETRY},
+            "boxes": {source.task.path: source.facts["box"] for source in found},
+        }
         if self.options.modality == "mr":
             metadata["intensities"] = {source.task.path: source.facts["intensity"] for source in found}
         elif found:
@@ -135,7 +148,7 @@ class MedicalDomain(Domain):
             channels=channels, scale=1 / (high - low), offset=-low / (high - low), clip=(0.0, 1.0), **common
         )
 
-    def reader(self, index: SampleIndex) -> Reader:
+    def reader(self, index: SampleIndex) -> VolumeReader:
         """
         Raises:
             UsageError: as ``input_spec``, or if MONAI is missing.
@@ -154,7 +167,26 @@ class MedicalDomain(Domain):
             if self.options.modality == "mr"
             else None,
             cached=self.options.cached_volumes,
+            maps=self.options.maps,
         )
+
+    def scene(self, index: SampleIndex, source: str) -> VolumeScene:
+        """The box around the foreground and ``data.margin``; its native axes are those of the file.
+
+        Raises:
+            UsageError: as ``reader``, or if the source is not in the index.
+            ReadFailure: if it cannot be read.
+        """
+        from fmsuite.domains.medical.scene import VolumeScene
+
+        reader = self.reader(index)
+        box = index.metadata.get("boxes", {}).get(source)
+        if box is None:
+            raise UsageError(f"{source}: not a source of this index.", "Give one that its column 'source' names.")
+        volume = reader.volume(source)
+        own = [length / ratio for length, ratio in zip(volume.spacing, volume.ratio, strict=True)]
+        start, size = resampled_box(box, own, volume.ratio, volume.shape, self.options.margin)
+        return VolumeScene(source, volume, start, size, reader.fill, self.options.maps)
 
     def augmentation(self, spec: InputSpec) -> Augmentation:
         from fmsuite.domains.medical.augment import VolumeAugmentation
@@ -181,8 +213,5 @@ class MedicalDomain(Domain):
     def preview(self, index: SampleIndex, folder: Path) -> list[Path]:
         """One PNG a source: its mid-slices, with the windows that these cut."""
         from fmsuite.domains.medical.pictures import draw_windows
-        from fmsuite.domains.medical.reader import VolumeReader
 
-        reader = self.reader(index)
-        assert isinstance(reader, VolumeReader)
-        return draw_windows(index, reader, self.input_spec(index), folder)
+        return draw_windows(index, self.reader(index), self.input_spec(index), folder)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fmsuite.domains.base import DomainOptions
+from fmsuite.domains.medical.maps import absolute_template
 from fmsuite.tiling.labels import LabelOptions
 
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -25,6 +26,10 @@ class MedicalOptions(DomainOptions, LabelOptions):
             own voxels.
         size: voxels of a window after resampling.
         stride: voxels between windows; the window's size if not given.
+        margin: millimetres around the box of the foreground that windows and dense predictions cover too; ``null``
+            covers the whole volume. What lies further out is never seen, and background in what is predicted.
+        maps: label maps, voxel by voxel, by name: a folder that holds a file of the same name for each volume, or a
+            path with ``{name}`` (the volume's file name), ``{stem}`` (without suffix) or ``{folder}`` (where it lies).
         min_foreground: share of a window (of its part inside the volume) that must be foreground.
         hu_window: Hounsfield units that become 0 and 1; values outside are clipped. CT only.
         channels: names of the channels. A 4D file is read as channels only if this names each of its volumes; without
@@ -40,12 +45,19 @@ class MedicalOptions(DomainOptions, LabelOptions):
     spacing: Millimetres | tuple[Millimetres, Millimetres, Millimetres] | None = 1.0
     size: Voxels | tuple[Voxels, Voxels, Voxels] = 32
     stride: Voxels | tuple[Voxels, Voxels, Voxels] | None = None
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 5.0
+    maps: dict[str, str] = Field(default_factory=dict)
     min_foreground: float = Field(default=0.1, ge=0, le=1)
     hu_window: tuple[float, float] = (-1000.0, 1000.0)
     channels: tuple[str, ...] | None = None
     unknown_orientation: Literal["skip", "assume"] = "skip"
     flip_left_right: bool = False
     cached_volumes: int = Field(default=4, ge=1)
+
+    @field_validator("maps")
+    @classmethod
+    def _templates(cls, maps: dict[str, str]) -> dict[str, str]:
+        return {name: absolute_template(name, template) for name, template in maps.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> MedicalOptions:
