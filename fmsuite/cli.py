@@ -223,6 +223,10 @@ def tile(
 def pack(
     out: Annotated[Path, typer.Option(help="Folder of the packed copy; its index.parquet then stands for --index.")],
     index: Annotated[Path | None, typer.Option(help="The index of `fmsuite tile`.")] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Copy all of each source that its windows cover: windows can then lie anywhere."),
+    ] = False,
     processes: Annotated[int, typer.Option(min=0, help="That read and write, a shard each; 0: this one alone.")] = 0,
     shard_windows: Annotated[
         int | None, typer.Option(min=1, help="Windows in a shard; as many as half a gigabyte holds, if absent.")
@@ -230,11 +234,11 @@ def pack(
     verify: Annotated[bool, typer.Option("--verify", help="Only check the files of a packed copy.")] = False,
     strict: Strict = False,
 ) -> None:
-    """Copy an index's windows into a few large files. Run again after an interruption, it does what is missing."""
+    """Copy an index's windows, or its sources whole, into a few large files. Run again, it does what is missing."""
     from fmsuite.commands import pack as command
 
     if verify:
-        if index is not None or shard_windows is not None or processes or strict:
+        if index is not None or whole or shard_windows is not None or processes or strict:
             raise UsageError("--verify only checks what is in --out.", "Leave out the other options.")
         damaged = command.check(out, console_progress)
         for name, wrong in damaged:
@@ -249,10 +253,17 @@ def pack(
     if index is None:
         raise UsageError("--index is needed: what to pack.")
     result = command.pack(
-        index, out, shard_windows=shard_windows, processes=processes, strict=strict, progress=console_progress
+        index,
+        out,
+        whole=whole,
+        shard_windows=shard_windows,
+        processes=processes,
+        strict=strict,
+        progress=console_progress,
     )
     written, total = result.shards
-    _say(f"{len(result.index)} windows in {total} shards, {written} of them written now: {result.path}")
+    packed = f"{len(result.index.sources)} whole sources" if whole else f"{len(result.index)} windows"
+    _say(f"{packed} in {total} shards, {written} of them written now: {result.path}")
     _finish(result.skipped.summary())
 
 
