@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from fmsuite.commands.comparison import Start
 from fmsuite.commands.finetune_config import SCRATCH, ArmOptions, FinetuneConfig, read_finetune
+from fmsuite.commands.finetune_data import collect
 from fmsuite.commands.finetune_judge import judge_scenes, judge_windows
 from fmsuite.commands.finetune_results import collect_results
 from fmsuite.commands.finetune_runs import Points, RunPlan, Setup, foreground_points, train_run
@@ -24,6 +25,7 @@ from fmsuite.core import distributed
 from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
+from fmsuite.core.encoders import load_encoder
 from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
 from fmsuite.core.evaluation.results import RESULTS
 from fmsuite.core.lock import WriterLock
