@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from fmsuite import configs
 from fmsuite.core.adaptation.task import TASKS, TaskConfig
 from fmsuite.core.adaptation.tuning import Tune, TuningOptions
 from fmsuite.core.config import apply_overrides, read_yaml, validate
@@ -18,6 +20,7 @@ from fmsuite.domains.base import DomainOptions, load_domain
 from fmsuite.errors import UsageError, nearest
 
 SCRATCH = "scratch"
+TASK_FILES = Path(configs.__file__).parent / "tasks"
 SECTIONS = ("data", "task", "optim", "training", "few", "split", "judge")
 TOP_KEYS = ("description", "domain", "seed", "sources", "encoder", "targets", "compare", "scratch", *SECTIONS)
 
@@ -132,7 +135,7 @@ class FinetuneConfig(Section):
     """Everything that decides a fine-tuning, apart from the files themselves.
 
     Attributes:
-        sources: files, folders or one index.parquet; ``~`` and environment variables are expanded.
+        sources: files, folders or one index.parquet.
         encoder: whatever ``load_encoder`` opens.
         targets: a table that names sources or groups and gives them numbers, for multilabel and regression.
         task_name, task: the task and its options, without ``classes``, ``labels`` and ``outputs``, which follow from
@@ -159,7 +162,7 @@ class FinetuneConfig(Section):
 
     @property
     def paths(self) -> list[Path]:
-        return [Path(os.path.expanduser(os.path.expandvars(source))) for source in self.sources]
+        return [Path(source) for source in self.sources]
 
     @property
     def label_map(self) -> str | None:
@@ -206,20 +209,57 @@ _FROM_CLASSES = {
 def read_finetune(
     path: Path, overrides: Sequence[str] = (), sources: Sequence[Path] = (), encoder: str | None = None
 ) -> FinetuneConfig:
-    """A task's file with ``a.b=value`` overrides.
+    """A task's file with ``a.b=value`` overrides; ``~`` and environment variables in paths are replaced.
 
     Args:
+        path: or the name of a task that comes with the package.
         sources, encoder: in place of the file's.
 
     Raises:
         UsageError: as ``parse_finetune``.
     """
-    raw = apply_overrides(read_yaml(path), overrides)
+    raw = apply_overrides(read_yaml(_found(path)), overrides)
     if sources:
         raw["sources"] = [str(source) for source in sources]
     if encoder is not None:
         raw["encoder"] = encoder
+    for key in ("sources", "data", "encoder", "targets"):
+        if key in raw:
+            raw[key] = _expanded(raw[key], key)
     return parse_finetune(raw, str(path))
+
+
+def _found(path: Path) -> Path:
+    """A file, or the name of a task that comes with the package.
+
+    Raises:
+        UsageError: naming the nearest known task.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    known = {task.stem: task for task in TASK_FILES.glob("*.yaml")}
+    if path.name not in known or len(path.parts) > 1:
+        raise UsageError(f"There is no task '{path}'.", f"Give a YAML file, or a name. {nearest(str(path), known)}")
+    return known[path.name]
+
+
+def _expanded(value: Any, key: str) -> Any:
+    """With ``~`` and environment variables in every text replaced.
+
+    Raises:
+        UsageError: naming a variable that is not set.
+    """
+    if isinstance(value, Mapping):
+        return {name: _expanded(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_expanded(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    whole = os.path.expanduser(os.path.expandvars(value))
+    unset = re.search(r"\$\{?(\w+)", whole)
+    if unset is not None:
+        raise UsageError(f"{key}: the environment variable {unset[1]} is not set.", "Set it, or write the path out.")
+    return whole
 
 
 def parse_finetune(raw: Mapping[str, Any], origin: str) -> FinetuneConfig:
