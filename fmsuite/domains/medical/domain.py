@@ -1,4 +1,4 @@
-"""The medical domain: NIfTI volumes to windows, arrays and valid variations of them."""
+"""The medical domain: volumes to windows, arrays and valid variations of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from fmsuite.domains.base import Domain, Units
 from fmsuite.domains.medical.intensity import Intensity, foreground, standardisation
 from fmsuite.domains.medical.maps import check_folders, read_map
 from fmsuite.domains.medical.options import MedicalOptions
-from fmsuite.domains.medical.volumes import SUFFIXES, Volume, load_volume, monai_transforms, resampling
+from fmsuite.domains.medical.sources import FOLDER, find_volumes, look_into, pieces_of, settle
+from fmsuite.domains.medical.volumes import Volume, load_volume, monai_transforms, resampling
 from fmsuite.domains.medical.windows import bounding_box, resampled_box, windows_over
 from fmsuite.errors import ReadFailure, UsageError
-from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 if TYPE_CHECKING:
     from fmsuite.domains.medical.reader import VolumeReader
@@ -41,7 +42,7 @@ class MedicalDomain(Domain):
     """
 
     name: ClassVar[str] = "medical"
-    title: ClassVar[str] = "3D volumes (NIfTI): MR and CT"
+    title: ClassVar[str] = "3D volumes (NIfTI, DICOM series, MetaImage, NRRD): MR and CT"
     Options: ClassVar[type[MedicalOptions]] = MedicalOptions
     default_recipe: ClassVar[str] = "medical-mae"
     units: ClassVar[Units] = Units(source="volume", group="patient")
@@ -51,13 +52,15 @@ class MedicalDomain(Domain):
 
     def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
         check_folders(self.options.maps)
-        sources = labelled_sources(self.options, paths, SUFFIXES, "NIfTI volumes", skipped)
+        sources = find_volumes(paths, self.options, skipped)
         monai_transforms()
         return sources
 
     def index_source(self, task: SourceTask) -> SourceRows:
+        if isinstance(task.details, dict) and FOLDER in task.details:
+            return look_into(task)
         path = task.path
-        volume = load_volume(path, None, len(self.options.channel_names), self._assume)
+        volume = load_volume(path, None, len(self.options.channel_names), self._assume, pieces_of(task))
         mask = foreground(path, volume, self.options.modality)
         ratio, shape = resampling(volume.shape, volume.spacing, self.options.full_spacing)
         for name, template in self.options.maps.items():
@@ -81,10 +84,14 @@ class MedicalDomain(Domain):
             facts["moments"] = self._moments(volume, mask).tolist()
         return SourceRows(task.rows(positions[enough], extent, volume.spacing, content[enough]), facts)
 
+    def settle_sources(self, found: Sequence[SourceFacts], skipped: SkippedLog) -> Sequence[SourceTask] | None:
+        return settle(found)
+
     def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
         options = self.options.model_dump(mode="json")
         metadata: dict[str, Any] = {
             "options": {key: options[key] for key in GEOMETRY},
+            "series": {source.task.path: pieces for source in found if (pieces := pieces_of(source.task)) is not None},
             "boxes": {source.task.path: source.facts["box"] for source in found},
         }
         if self.options.modality == "mr":
@@ -168,6 +175,10 @@ class MedicalDomain(Domain):
             else None,
             cached=self.options.cached_volumes,
             maps=self.options.maps,
+            series={
+                path: [(name, frame) for name, frame in pieces]
+                for path, pieces in index.metadata.get("series", {}).items()
+            },
         )
 
     def scene(self, index: SampleIndex, source: str) -> VolumeScene:
