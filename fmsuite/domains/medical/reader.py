@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class VolumeReader:
         maps: templates of label maps by name, see ``maps.map_path``.
         series: slices of the sources that are DICOM series, see ``volumes.read_stored``.
     """
+
+    anywhere: ClassVar[bool] = True
 
     def __init__(
         self,
