@@ -54,8 +54,8 @@ class Reading(BaseModel):
     Attributes:
         domain: whose reader it is.
         modality: what kind of image it is, as the domain calls it: ``"ct"``, ``"mr"``, ``"xray"``.
-        plan: ``window``: nothing, as values have a unit and ``InputSpec.clip`` is a window of it. ``zscore``: values are
-            clipped to ``percentiles`` of the image; minus their mean, divided by their standard deviation.
+        plan: ``window``: nothing, as values have a unit and ``InputSpec.clip`` is a window of it. ``zscore``: values
+            are clipped to ``percentiles`` of the image; minus their mean, divided by their standard deviation.
             ``percentile``: these percentiles become 0 and 1, what is outside is clipped. ``minmax``: the smallest and
             the largest value become 0 and 1.
         percentiles: for plans that use them.

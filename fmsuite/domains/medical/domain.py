@@ -180,8 +180,9 @@ class MedicalDomain(Domain):
         return (XrayAugmentation if self._xray else VolumeAugmentation)(spec, self.options.flip_left_right)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
-        """An X-ray as it is. Of a volume the mid-slices side by side: axial, coronal, sagittal; the patient's left is on
-        the left, anterior and superior are up (in the sagittal slice anterior is on the right). The first channel, grey.
+        """An X-ray as it is. Of a volume the mid-slices side by side: axial, coronal, sagittal; the patient's left is
+        on the left, anterior and superior are up (in the sagittal slice anterior is on the right). The first channel,
+        grey.
 
         Args:
             values: (C, z, y, x), or (1, y, x) of an X-ray, raw values.

@@ -142,10 +142,10 @@ class MedicalOptions(DomainOptions, LabelOptions):
         if reading.modality == "xray":
             return {**found, "image_size": reading.size[0], "framing": reading.framing}
         found["size"] = reading.size
-        found["spacing"] = spec.spacing and tuple(
-            round(length * now / read, 6)
-            for length, now, read in zip(spec.spacing, spec.size, reading.size, strict=True)
-        )
+        if spec.spacing is None:
+            return {**found, "spacing": None}
+        lengths = (length * now for length, now in zip(spec.spacing, spec.size, strict=True))
+        found["spacing"] = tuple(round(length / read, 6) for length, read in zip(lengths, reading.size, strict=True))
         return found
 
     @property

@@ -45,7 +45,7 @@ def index_image(task: SourceTask, options: MedicalOptions) -> SourceRows:
     position = (lengths - extent) / 2
     facts = {} if options.plan == "zscore" else {"moments": moments([values.reshape(-1)]).tolist()}
     group = task.known.group or image.patient
-    return SourceRows(task.rows(position[None], extent, image.spacing or (), group=group), facts)
+    return SourceRows(task.rows(position[None], extent.tolist(), image.spacing or (), group=group), facts)
 
 
 def planned(path: str, image: XrayImage, plan: Plan, percentiles: tuple[float, float]) -> np.ndarray:

@@ -130,8 +130,8 @@ def _load_dicom(path: str) -> XrayImage:
 
 
 def _for_table(values: np.ndarray, tables: Any) -> np.ndarray:
-    """Values as whole numbers within a lookup table's first entries, which pydicom needs: it looks them up in numbers of
-    the table's own width, so that those beyond an 8-bit table of 4096 entries would begin again at its start."""
+    """Values as whole numbers within a lookup table, as pydicom needs them: it looks them up in numbers of the
+    table's own width, so that those beyond the 256th of an 8-bit table's entries would begin again at its start."""
     if not tables:
         return values
     descriptor = tables[0].LUTDescriptor
@@ -174,7 +174,7 @@ def _check_dicom(path: str, data: Any) -> None:
 
 
 def _padding(data: Any, stored: np.ndarray) -> np.ndarray | None:
-    """(H, W) stored values that are PixelPaddingValue, or lie between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
+    """(H, W) whether a stored value is PixelPaddingValue, or one up to PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
     first = data.get("PixelPaddingValue")
     if first is None:
         return None
@@ -222,7 +222,8 @@ def _checked_pixels(path: str, image: Image.Image) -> np.ndarray:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise ReadFailure(path, "metadata", f"{frames} images in one file.", "Write them to files of their own.")
-    mode, raw = image.mode, str(image.tile[0][3]) if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    mode, raw = image.mode, str(tiles[0][3]) if tiles else ""
     inverted = mode.startswith("I") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
     if mode == "L" or mode.startswith("I"):
         pixels = np.asarray(ImageOps.exif_transpose(image))
