@@ -74,6 +74,7 @@ def _models() -> tuple[Row, list[Row]]:
     for name, size in VIT_SIZES.items():
         parameters = size.depth * size.width**2 * (4 + 2 * size.mlp_ratio) / 1e6
         rows.append((name, str(size.width), str(size.depth), str(size.heads), f"{parameters:.0f} M"))
+    rows.append(("swin_unetr", "768", "8", "3", "8 M (MONAI's encoder; masks tokens, drops none)"))
     rows.append(("timm:NAME", "", "", "", "any timm model as it is (2D; no token dropping or masking)"))
     return ("model", "width", "depth", "heads", "parameters in the blocks"), rows
 

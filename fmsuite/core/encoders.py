@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import fmsuite
 from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.backbones.build import build_backbone
-from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.backbones.swin_unetr import SwinUNETR, is_published, published
 from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal, to_timm
 from fmsuite.core.backbones.timm_models import open_timm
 from fmsuite.core.backbones.vit import VisionTransformer
-from fmsuite.core.backbones.weights import read_checkpoint, recognise
+from fmsuite.core.backbones.weights import read_checkpoint, recognise, unwrap
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import View
 from fmsuite.core.inputs import InputSpec, Normalize
@@ -159,8 +160,8 @@ def load_encoder(
     Args:
         what: a run folder (``encoder.safetensors``); an exported ``.safetensors`` file, which carries its description
             or has it beside it as ``.json``; ``timm:NAME`` with timm's published weights, ``timm:NAME@FILE`` with those
-            of a file; ``hf-hub:OWNER/NAME``; or a checkpoint of the MAE, DINO, DINOv2 and I-JEPA releases or of a
-            plain ViT, recognised by its keys.
+            of a file; ``hf-hub:OWNER/NAME``; or a checkpoint of the MAE, DINO, DINOv2, I-JEPA and Swin UNETR
+            releases or of a plain ViT, recognised by its keys.
         channels: use only these of the encoder's channels, in this order; see ``select_channels``.
         heads: attention heads of a recognised checkpoint, where they are not those of its published size.
         spec: input of a recognised checkpoint, where it is not 8-bit RGB with ImageNet statistics.
@@ -223,7 +224,7 @@ def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
 def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, Any]:
     """What decides the embeddings beside the weights, as JSON values. Options at their defaults are left out, so that
     an option that a later version adds changes no identity."""
-    if not isinstance(backbone, VisionTransformer | TimmBackbone):
+    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR):
         raise UsageError(f"A {type(backbone).__name__} cannot be saved as an encoder.")
     model = backbone.config.model_copy(update={"weights": None, "input_size": None})
     return {
@@ -235,12 +236,12 @@ def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, 
 
 
 def _model_options(backbone: Backbone | ModelConfig) -> dict[str, Any]:
-    """Every option, so that a later version's defaults change nothing about a stored encoder. Of a timm model only
+    """Every option, so that a later version's defaults change nothing about a stored encoder. Of a foreign model only
     those that are set: the others do not apply to it."""
     config = backbone if isinstance(backbone, ModelConfig) else backbone.config
     assert isinstance(config, ModelConfig)
-    timm_model = config.name.startswith(PREFIX)
-    return config.model_dump(mode="json", exclude={"weights", "input_size"}, exclude_defaults=timm_model) | {
+    foreign = config.name.startswith(PREFIX) or config.name == SWIN_UNETR
+    return config.model_dump(mode="json", exclude={"weights", "input_size"}, exclude_defaults=foreign) | {
         "name": config.name
     }
 
@@ -319,6 +320,8 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
             "arguments": {"num_classes": 0, "in_chans": spec.in_chans},
             **_timm_data(spec),
         }
+    elif isinstance(backbone, SwinUNETR):
+        raise UsageError(f"{path}: timm has no Swin UNETR.", "Use layout native.")
     else:
         assert isinstance(backbone, VisionTransformer)
         form = to_timm(backbone, encoder.pooling)
@@ -362,7 +365,14 @@ def _file_encoder(path: Path, heads: int | None, spec: InputSpec | None) -> Enco
                 f"{path} describes itself; heads and spec are for original checkpoints.", "Leave them out."
             )
         return _described_encoder(path, described)
-    found = recognise(read_checkpoint(path), str(path), heads=heads, spec=spec)
+    checkpoint = read_checkpoint(path)
+    weights, _, _ = unwrap(checkpoint, str(path))
+    if is_published(weights):
+        if heads is not None:
+            raise UsageError(f"{path}: a Swin UNETR's heads are read from its weights.", "Leave heads out.")
+        swin, notes = published(weights, str(path), spec)
+        return Encoder(swin, swin.spec, "mean", notes)
+    found = recognise(checkpoint, str(path), heads=heads, spec=spec)
     backbone = VisionTransformer(found.config, found.spec)
     missing = load_equal(backbone, found.state, str(path))
     return Encoder(backbone, found.spec, found.pooling, {**found.notes, "not_in_file": missing})

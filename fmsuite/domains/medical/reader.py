@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class VolumeReader:
         intensities: by source, for MR; ``None`` leaves values as they are.
         cached: volumes to keep.
     """
+
+    anywhere: ClassVar[bool] = True
 
     def __init__(
         self,
