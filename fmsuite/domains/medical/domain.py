@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -15,12 +15,17 @@ from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.base import Domain, Overview, Units
 from fmsuite.domains.medical import xray
 from fmsuite.domains.medical.intensity import Intensity, foreground, mean_and_std, volume_facts
+from fmsuite.domains.medical.maps import check_folders, read_map
 from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.volumes import SUFFIXES, load_volume, monai_transforms, resampling
-from fmsuite.domains.medical.windows import windows_over
+from fmsuite.domains.medical.windows import bounding_box, resampled_box, windows_over
 from fmsuite.errors import ReadFailure, UsageError
 from fmsuite.tiling.labels import refuse_shared_groups
 from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
+
+if TYPE_CHECKING:
+    from fmsuite.domains.medical.reader import VolumeReader
+    from fmsuite.domains.medical.scene import VolumeScene
 
 GEOMETRY = (
     "modality",
@@ -33,6 +38,8 @@ GEOMETRY = (
     "framing",
     "channels",
     "unknown_orientation",
+    "margin",
+    "maps",
 )
 """Options that an index fixes: its windows and statistics would not fit others."""
 
@@ -64,6 +71,7 @@ class MedicalDomain(Domain):
     def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
         if self._xray:
             return labelled_sources(self.options, paths, xray.SUFFIXES, "X-ray images", skipped)
+        check_folders(self.options.maps)
         sources = labelled_sources(self.options, paths, SUFFIXES, "NIfTI volumes", skipped)
         monai_transforms()
         return sources
@@ -75,7 +83,11 @@ class MedicalDomain(Domain):
         volume = load_volume(path, None, len(self.options.channel_names), self._assume)
         mask = foreground(path, volume, self.options.modality)
         ratio, shape = resampling(volume.shape, volume.spacing, self.options.full_spacing)
-        positions, content = windows_over(mask, ratio, shape, self.options.full_size, self.options.full_stride)
+        for name, template in self.options.maps.items():
+            read_map(path, volume.native, name, template)
+        box = bounding_box(mask)
+        covered = resampled_box(box, volume.spacing, ratio, shape, self.options.margin)
+        positions, content = windows_over(mask, ratio, shape, covered, self.options.full_size, self.options.full_stride)
         enough = content >= self.options.min_foreground
         if not enough.any():
             raise ReadFailure(
@@ -85,14 +97,14 @@ class MedicalDomain(Domain):
                 "Lower data.min_foreground, or take smaller windows with data.size.",
             )
         extent = [size * r for size, r in zip(self.options.full_size, ratio, strict=True)]
-        facts = volume_facts(path, volume, mask, self.options)
+        facts = {"box": box, **volume_facts(path, volume, mask, self.options)}
         return SourceRows(task.rows(positions[enough], extent, volume.spacing, content[enough]), facts)
 
     def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
         metadata: dict[str, Any] = {"options": self._fixed()}
-        intensities = {source.task.path: source.facts["intensity"] for source in found if "intensity" in source.facts}
-        if intensities:
-            metadata["intensities"] = intensities
+        for kept, fact in (("boxes", "box"), ("intensities", "intensity")):
+            facts = {source.task.path: source.facts[fact] for source in found if fact in source.facts}
+            metadata |= {kept: facts} if facts else {}
         if self._xray:
             groups, sides = (index.table.column(name).to_pylist() for name in ("group", "split"))
             refuse_shared_groups(zip(groups, sides, strict=True), "The X-rays, grouped by the patients of their files")
@@ -155,11 +167,15 @@ class MedicalDomain(Domain):
         Raises:
             UsageError: as ``input_spec``, or if MONAI is missing.
         """
-        from fmsuite.domains.medical.reader import VolumeReader
-
         self._check(index)
         if self._xray:
             return xray.XrayReader(self.options.image_size, self.options.plan, self.options.percentiles)
+        return self._volume_reader(index)
+
+    def _volume_reader(self, index: SampleIndex) -> VolumeReader:
+        from fmsuite.domains.medical.reader import VolumeReader
+
+        self._check(index)
         monai_transforms()
         stored = index.metadata.get("intensities", {})
         return VolumeReader(
@@ -171,7 +187,28 @@ class MedicalDomain(Domain):
             if self.options.plan == "window"
             else {path: Intensity.from_json(raw) for path, raw in stored.items()},
             cached=self.options.cached_volumes,
+            maps=self.options.maps,
         )
+
+    def scene(self, index: SampleIndex, source: str) -> VolumeScene:
+        """The box around the foreground and ``data.margin``; its native axes are those of the file.
+
+        Raises:
+            UsageError: as ``reader``, or if the source is not in the index.
+            ReadFailure: if it cannot be read.
+        """
+        from fmsuite.domains.medical.scene import VolumeScene
+
+        if self._xray:
+            raise UsageError("There are no dense predictions over X-rays.", "They are for data.modality=ct and mr.")
+        reader = self._volume_reader(index)
+        box = index.metadata.get("boxes", {}).get(source)
+        if box is None:
+            raise UsageError(f"{source}: not a source of this index.", "Give one that its column 'source' names.")
+        volume = reader.volume(source)
+        own = [length / ratio for length, ratio in zip(volume.spacing, volume.ratio, strict=True)]
+        start, size = resampled_box(box, own, volume.ratio, volume.shape, self.options.margin)
+        return VolumeScene(source, volume, start, size, reader.fill, self.options.maps)
 
     def augmentation(self, spec: InputSpec) -> Augmentation:
         from fmsuite.domains.medical.augment import VolumeAugmentation, XrayAugmentation
@@ -206,11 +243,8 @@ class MedicalDomain(Domain):
         if self._xray:
             return xray.contact_sheet_of(index, self.reader(index), self.input_spec(index), folder)
         from fmsuite.domains.medical.pictures import draw_windows
-        from fmsuite.domains.medical.reader import VolumeReader
 
-        reader = self.reader(index)
-        assert isinstance(reader, VolumeReader)
-        return draw_windows(index, reader, self.input_spec(index), folder)
+        return draw_windows(index, self._volume_reader(index), self.input_spec(index), folder)
 
     def overview(self, index: SampleIndex, source: str) -> Overview:
         """An X-ray, at most ``xray.OVERVIEW_SIZE`` pixels on its shorter side."""

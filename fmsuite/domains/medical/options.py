@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fmsuite.core.inputs import InputSpec, Plan, Reading
 from fmsuite.domains.base import DomainOptions
+from fmsuite.domains.medical.maps import absolute_template
 from fmsuite.errors import UsageError
 from fmsuite.tiling.labels import LabelOptions
 
@@ -17,7 +18,16 @@ Pixels = Annotated[int, Field(ge=8, le=8192)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 USUAL_PLANS: dict[str, Plan] = {"mr": "zscore", "ct": "window", "xray": "minmax"}
-_VOLUMES_ONLY = ("spacing", "size", "stride", "min_foreground", "unknown_orientation", "cached_volumes")
+_VOLUMES_ONLY = (
+    "spacing",
+    "size",
+    "stride",
+    "margin",
+    "maps",
+    "min_foreground",
+    "unknown_orientation",
+    "cached_volumes",
+)
 _XRAYS_ONLY = ("image_size", "framing")
 _PLANS_ONLY = {"hu_window": ("window",), "percentiles": ("zscore", "percentile")}
 
@@ -36,8 +46,12 @@ class MedicalOptions(DomainOptions, LabelOptions):
         percentiles: that ``zscore`` clips to and ``percentile`` makes 0 and 1; 0 and 100 for none.
         spacing: millimetres between voxels after resampling, one number or one an axis; ``None`` keeps each volume's
             own voxels.
-        size: voxels of a window after resampling. This and the next two are for volumes.
+        size: voxels of a window after resampling. Like all that counts voxels or millimetres, it is for volumes.
         stride: voxels between windows; the window's size if not given.
+        margin: millimetres around the box of the foreground that windows and dense predictions cover too; ``null``
+            covers the whole volume. What lies further out is never seen, and background in what is predicted.
+        maps: label maps, voxel by voxel, by name: a folder that holds a file of the same name for each volume, or a
+            path with ``{name}`` (the volume's file name), ``{stem}`` (without suffix) or ``{folder}`` (where it lies).
         min_foreground: share of a window (of its part inside the volume) that must be foreground.
         hu_window: Hounsfield units that become 0 and 1; values outside are clipped. For the plan ``window``.
         image_size: pixels of an X-ray's shorter side as it is read; a smaller one is not enlarged. Crops are cut from
@@ -59,6 +73,8 @@ class MedicalOptions(DomainOptions, LabelOptions):
     spacing: Millimetres | tuple[Millimetres, Millimetres, Millimetres] | None = 1.0
     size: Voxels | tuple[Voxels, Voxels, Voxels] = 32
     stride: Voxels | tuple[Voxels, Voxels, Voxels] | None = None
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 5.0
+    maps: dict[str, str] = Field(default_factory=dict)
     min_foreground: float = Field(default=0.1, ge=0, le=1)
     hu_window: tuple[float, float] = (-1000.0, 1000.0)
     image_size: Pixels = 224
@@ -67,6 +83,11 @@ class MedicalOptions(DomainOptions, LabelOptions):
     unknown_orientation: Literal["skip", "assume"] = "skip"
     flip_left_right: bool = False
     cached_volumes: int = Field(default=4, ge=1)
+
+    @field_validator("maps")
+    @classmethod
+    def _templates(cls, maps: dict[str, str]) -> dict[str, str]:
+        return {name: absolute_template(name, template) for name, template in maps.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> MedicalOptions:
@@ -87,13 +108,13 @@ class MedicalOptions(DomainOptions, LabelOptions):
         """Options that would be ignored. What they are at their defaults cannot be told from what was not given."""
         wrong = _VOLUMES_ONLY if self.modality == "xray" else _XRAYS_ONLY
         for name in wrong:
-            default = type(self).model_fields[name].default
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) != default:
                 raise ValueError(f"{name} is not for modality '{self.modality}': leave it at {default}")
         if self.modality == "xray" and self.channels is not None and len(self.channels) > 1:
             raise ValueError("an X-ray has one channel")
         for name, plans in _PLANS_ONLY.items():
-            default = type(self).model_fields[name].default
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
             if self.plan not in plans and getattr(self, name) != default:
                 raise ValueError(f"{name} is not for intensity '{self.plan}': leave it at {default}")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fmsuite.domains.medical.volumes import SPACING_LIMITS, require
+from fmsuite.domains.medical.formats.base import SPACING_LIMITS, require
 from fmsuite.errors import ReadFailure
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
