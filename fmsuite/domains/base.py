@@ -131,7 +131,8 @@ class Domain(ABC):
             UsageError: as ``options_like``, or if there is no such file.
             ReadFailure: if nothing of the file can be used.
         """
-        domain = cls(cls.Options.model_validate(cls.options_like(spec)))
+        without_labels = {"labels": "none"} if "labels" in cls.Options.model_fields else {}
+        domain = cls(cls.Options.model_validate({**cls.options_like(spec), **without_labels}))
         log = SkippedLog()
         try:
             (task, *_) = domain.find_sources([Path(path)], log).tasks

@@ -66,7 +66,7 @@ class MedicalDomain(Domain):
 
     @classmethod
     def options_like(cls, spec: InputSpec) -> dict[str, Any]:
-        return {**MedicalOptions.like(spec), "labels": "none"}
+        return MedicalOptions.like(spec)
 
     def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
         if self._xray:
