@@ -38,6 +38,11 @@ def montage(values: np.ndarray, spec: InputSpec, spacing: Sequence[float] | None
     return _side_by_side([panel[..., None] for panel in panels])
 
 
+def grey_picture(values: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """(H, W) raw values to (H, W, 3) uint8, black and white where the spec's intensity window ends."""
+    return np.repeat(_grey(values, spec)[..., None], 3, axis=2)
+
+
 def draw_windows(index: SampleIndex, reader: VolumeReader, spec: InputSpec, folder: Path) -> list[Path]:
     """One PNG a source; windows that contain the drawn slice are boxes. Returns the files written.
 
@@ -85,7 +90,7 @@ def _side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _grey(volume: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """(z, y, x) raw values to uint8 within the intensity window."""
+    """Raw values to uint8 within the intensity window, shape kept."""
     scaled = volume.astype(np.float32) * spec.scale + spec.offset
     low, high = spec.clip or MR_WINDOW
     return (np.clip((scaled - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)

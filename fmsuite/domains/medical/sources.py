@@ -12,7 +12,6 @@ from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.medical.formats import dicom, itk, nifti
 from fmsuite.domains.medical.maps import map_path
 from fmsuite.domains.medical.options import MedicalOptions
-from fmsuite.errors import UsageError
 from fmsuite.tiling.labels import SourceLabel, assign_labels
 from fmsuite.tiling.sources import SourceFile, find_files
 from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
@@ -70,28 +69,17 @@ def settle(found: Sequence[SourceFacts]) -> list[SourceTask] | None:
     """Folders are replaced by their series; ``None`` if there are none.
 
     Raises:
-        UsageError: if labels files contradict each other about a series, or a patient is on several sides of a split.
+        UsageError: if labels files contradict each other about a series.
     """
     if not any("stacks" in source.facts for source in found):
         return None
     tasks: list[SourceTask] = []
-    sides: dict[str, dict[str, str]] = {}
     for source in found:
         if "stacks" not in source.facts:
             tasks.append(source.task)
             continue
         for stack in source.facts["stacks"]:
-            task = _series_task(source.task, stack)
-            if task.known.split is not None:
-                sides.setdefault(task.group, {}).setdefault(task.known.split, task.path)
-            tasks.append(task)
-    for patient, places in sides.items():
-        if len(places) > 1:
-            listed = ", ".join(f"{path} ({side})" for side, path in places.items())
-            raise UsageError(
-                f"Series of patient '{patient}' are on several sides of the split: {listed}.",
-                "Correct the labels file, or ignore sides with split_column=none.",
-            )
+            tasks.append(_series_task(source.task, stack))
     return tasks
 
 
