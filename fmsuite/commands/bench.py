@@ -98,7 +98,8 @@ def bench(
         tasks: names in ``tiles.TASKS``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
         seed: of the split, the draws, the shuffles and the bootstrap.
         controls: also judge the same architectures untrained, a histogram of the values, and shuffled labels.
-        recipe: take the windows that this recipe trains on; the domain's own defaults if not given.
+        recipe: take the windows that this recipe trains on; if not given, those that the first encoder which says how
+            its files were read was trained on, or the domain's own defaults.
         overrides: ``key=value`` items for single ``data:`` options of the domain.
         batch_size, workers, device: of embedding; see ``commands.embed``.
 
@@ -112,8 +113,10 @@ def bench(
     tasks = TASK_NAMES if ALL in tasks else tasks
     place = choose_device(device)
     data, overrides = with_labels_file([Path(path) for path in data], overrides)
-    plugin = open_domain(domain, domain_options(domain, overrides, recipe))
     models = {name: open_encoder(what) for name, what in zip(short_names(encoders), encoders, strict=True)}
+    # An index says itself how its windows are read.
+    followed = [] if any(path.suffix == ".parquet" for path in data) else models.values()
+    plugin = open_domain(domain, domain_options(domain, overrides, recipe, followed))
     parts = parts_of(out / "index.parquet")
     skipped = open_out(out, "bench", strict, keep_skipped=has_features(out) or parts.is_dir())
     paths = data or [_example_data(plugin)]
