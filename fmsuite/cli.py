@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -429,6 +430,28 @@ def bench(
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="Repeatable; all if absent. See `fmsuite list tasks`.")
     ] = None,
+    classify: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Ask for the classes in a column of the labels file; repeatable."),
+    ] = None,
+    regress: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Ask for the number in a column; repeatable.")
+    ] = None,
+    findings: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMNS", help="Ask which findings are there: a column of a|b lists, or 0/1 columns as A,B,C."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV that has these columns; the one that labels the data if absent.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="One answer for each window, source or group (patient); of these columns.")
+    ] = "window",
+    fractions: Annotated[
+        str, typer.Option(help="Shares of the training patients to learn these columns from, as 1%,10%,100%.")
+    ] = "1%,10%,100%",
     shots: Shots = "1,2,4,8,16,32",
     episodes: Annotated[int, typer.Option(min=1, help="Draws of supports for each number of shots.")] = 200,
     seed: Seed = 0,
@@ -446,29 +469,46 @@ def bench(
 ) -> None:
     """Judge encoders on labelled windows, beside controls that they must beat."""
     from fmsuite.commands.bench import bench as run
+    from fmsuite.commands.bench_targets import bench_targets, parse_fractions, parse_targets
 
-    compared = run(
-        domain,
-        encoder,
-        data or [],
-        out,
-        tasks=task or ["all"],
-        shots=_numbers(shots, "--shots"),
-        episodes=episodes,
-        seed=seed,
-        controls=controls,
-        recipe=recipe,
-        overrides=_with_mpp(overrides, mpp, "data."),
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        strict=strict,
-        progress=console_progress,
-        command=sys.argv,
-    )
-    _show_results(compared.results)
-    _reported(compared.out, report)
-    _finish(compared.skipped)
+    targets = parse_targets(classify or [], regress or [], findings or [])
+    shared: dict[str, Any] = {
+        "tasks": task or ["all"],
+        "shots": _numbers(shots, "--shots"),
+        "episodes": episodes,
+        "seed": seed,
+        "controls": controls,
+        "recipe": recipe,
+        "overrides": _with_mpp(overrides, mpp, "data."),
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "strict": strict,
+        "progress": console_progress,
+        "command": sys.argv,
+    }
+    if targets:
+        options: dict[str, Any] = {"labels": labels, "by": by, "fractions": parse_fractions(fractions)}
+        each = bench_targets(domain, encoder, data or [], out, targets, **options, **shared)
+    else:
+        _refuse_without_columns(labels, by, fractions)
+        each = [run(domain, encoder, data or [], out, **shared)]
+    for compared in each:
+        if targets:
+            _say(compared.results.title)
+        _show_results(compared.results)
+    _reported(out, report, [compared.out for compared in each])
+    _finish(each[0].skipped)
+
+
+def _refuse_without_columns(labels: Path | None, by: str, fractions: str) -> None:
+    given = {"--labels": labels is not None, "--by": by != "window", "--fractions": fractions != "1%,10%,100%"}
+    option = next((name for name, is_given in given.items() if is_given), None)
+    if option is not None:
+        raise UsageError(
+            f"{option} is about columns of a labels file, and none is asked for.",
+            "Name one with --classify, --regress or --findings.",
+        )
 
 
 @app.command()
@@ -591,12 +631,16 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _show_results(results: Results) -> None:
     """The primary metric of every evaluation, as a table."""
-    table = Table("encoder", "method", "shots", results.primary.replace("_", " "), box=None, pad_edge=False)
+    from fmsuite.core.reports.wording import of, shots_name
+
+    several = any(e.fraction is not None for e in results.evaluations)
+    heading = "shots or share" if several else "shots"
+    table = Table("encoder", "method", heading, results.primary.replace("_", " "), box=None, pad_edge=False)
     for e in results.evaluations:
-        value = e.metrics[results.primary]
+        value = of(e, results.primary)
         interval = "" if value.low is None or value.high is None else f" ({value.low:.3f}-{value.high:.3f})"
         method = f"{e.method}, shuffled labels" if e.shuffled else e.method
-        shots = "all" if e.shots is None else str(e.shots)
+        shots = shots_name(e.shots) if e.fraction is None else f"{e.fraction:.3g} of the groups"
         table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}")
     out_console.print(table)
 
@@ -619,12 +663,17 @@ def _show_finetuned(results: FinetuneResults) -> None:
     out_console.print(table)
 
 
-def _reported(folder: Path, wanted: bool) -> None:
+def _reported(folder: Path, wanted: bool, results: Sequence[Path] = ()) -> None:
+    """
+    Args:
+        results: folders of results, if they are others than the one that gets the report.
+    """
     from fmsuite.commands.report import report as write
 
+    folders = list(results) or [folder]
     if wanted:
-        _say(f"Report: {write([folder], folder / 'report.html')}")
-    _say(f"Results: {folder / 'results.json'}")
+        _say(f"Report: {write(folders, folder / 'report.html')}")
+    _say(f"Results: {', '.join(str(each / 'results.json') for each in folders)}")
 
 
 def _say(text: str) -> None:
