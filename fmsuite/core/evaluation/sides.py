@@ -1,41 +1,37 @@
-"""Who is trained on: test sides, folds and nested fractions of groups (patients)."""
+"""Who is trained on and who is held out: test sides, folds and nested fractions of groups (patients)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 
-from fmsuite.core.seeding import generator
+import torch
+from torch import Tensor
+
+from fmsuite.core.evaluation.fractions import group_order
 from fmsuite.errors import UsageError
 
 
-def spread_order(groups: Sequence[str], strata: Mapping[str, str], *key: int | str) -> list[str]:
-    """The groups in a random order whose every beginning has the strata in their shares, as far as it can.
-
-    First comes one group of each stratum, so that no class is missing where there are as many groups as classes; then
-    each stratum's groups are spread evenly over the rest.
+def spread_order(groups: Sequence[str], kinds: Tensor, seed: int, draw: int = 0) -> tuple[list[str], int]:
+    """The groups in a random order of which every first part is alike to the whole (``fractions.group_order``).
 
     Args:
-        groups: names, in any order; the result does not depend on it.
-        strata: of each group, its class; one for all where there is nothing to be alike.
-        key: of the draw.
+        groups: (N,) name of each item's group; the result does not depend on how they are numbered.
+        kinds: (N, C) bool, what each item is of.
+
+    Returns:
+        The names, and how many of them it takes to have every kind.
     """
-    drawn = generator(*key, "order of groups")
-    members: dict[str, list[str]] = {}
-    for group in sorted(groups):
-        members.setdefault(strata[group], []).append(group)
-    places = []
-    for stratum in sorted(members):
-        own = members[stratum]
-        for place, number in enumerate(drawn.permutation(len(own))):
-            share = 0.0 if place == 0 else (place + 0.5) / len(own)
-            places.append((share, drawn.random(), own[number]))
-    return [group for _, _, group in sorted(places)]
+    names = sorted(set(groups))
+    code = {name: number for number, name in enumerate(names)}
+    order, least = group_order(kinds, torch.tensor([code[group] for group in groups]), seed, draw)
+    return [names[number] for number in order], least
 
 
 def first_share(order: Sequence[str], fraction: float, least: int = 1) -> list[str]:
-    """The beginning of an order that is nearest to a fraction of it, at least so many; of two orders that are equal,
-    the smaller fraction's is part of the larger one's."""
-    return list(order[: max(min(least, len(order)), round(fraction * len(order)))])
+    """The beginning of an order: a fraction of it, rounded up to whole groups, and at least so many. Of two fractions
+    the smaller one's groups are among the larger one's."""
+    return list(order[: max(min(least, len(order)), math.ceil(fraction * len(order) - 1e-9))])
 
 
 def fold_sides(order: Sequence[str], folds: int) -> list[list[str]]:
