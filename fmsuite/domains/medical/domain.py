@@ -1,4 +1,4 @@
-"""The medical domain: NIfTI volumes and X-rays to windows, arrays and valid variations of them."""
+"""The medical domain: volumes and X-rays to windows, arrays and valid variations of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fmsuite.domains.medical import xray
 from fmsuite.domains.medical.intensity import Intensity, foreground, mean_and_std, volume_facts
 from fmsuite.domains.medical.maps import check_folders, read_map
 from fmsuite.domains.medical.options import MedicalOptions
-from fmsuite.domains.medical.volumes import SUFFIXES, load_volume, monai_transforms, resampling
+from fmsuite.domains.medical.sources import FOLDER, find_volumes, look_into, pieces_of, settle
+from fmsuite.domains.medical.volumes import load_volume, monai_transforms, resampling
 from fmsuite.domains.medical.windows import bounding_box, resampled_box, windows_over
 from fmsuite.errors import ReadFailure, UsageError
 from fmsuite.tiling.labels import refuse_shared_groups
@@ -56,7 +57,7 @@ class MedicalDomain(Domain):
     """
 
     name: ClassVar[str] = "medical"
-    title: ClassVar[str] = "3D volumes (NIfTI) of MR and CT, and X-rays (DICOM, PNG, JPEG, TIFF)"
+    title: ClassVar[str] = "3D volumes (NIfTI, DICOM series, MetaImage, NRRD), X-rays (DICOM, PNG, JPEG, TIFF)"
     Options: ClassVar[type[MedicalOptions]] = MedicalOptions
     default_recipe: ClassVar[str] = "medical-mae"
     units: ClassVar[Units] = Units(source="image", group="patient")
@@ -72,15 +73,17 @@ class MedicalDomain(Domain):
         if self._xray:
             return labelled_sources(self.options, paths, xray.SUFFIXES, "X-ray images", skipped)
         check_folders(self.options.maps)
-        sources = labelled_sources(self.options, paths, SUFFIXES, "NIfTI volumes", skipped)
+        sources = find_volumes(paths, self.options, skipped)
         monai_transforms()
         return sources
 
     def index_source(self, task: SourceTask) -> SourceRows:
+        if isinstance(task.details, dict) and FOLDER in task.details:
+            return look_into(task)
         path = task.path
         if self._xray:
             return xray.index_image(task, self.options)
-        volume = load_volume(path, None, len(self.options.channel_names), self._assume)
+        volume = load_volume(path, None, len(self.options.channel_names), self._assume, pieces_of(task))
         mask = foreground(path, volume, self.options.modality)
         ratio, shape = resampling(volume.shape, volume.spacing, self.options.full_spacing)
         for name, template in self.options.maps.items():
@@ -100,14 +103,18 @@ class MedicalDomain(Domain):
         facts = {"box": box, **volume_facts(path, volume, mask, self.options)}
         return SourceRows(task.rows(positions[enough], extent, volume.spacing, content[enough]), facts)
 
+    def settle_sources(self, found: Sequence[SourceFacts], skipped: SkippedLog) -> Sequence[SourceTask] | None:
+        return settle(found)
+
     def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
         metadata: dict[str, Any] = {"options": self._fixed()}
+        series = {source.task.path: pieces for source in found if (pieces := pieces_of(source.task)) is not None}
+        metadata |= {"series": series} if series else {}
         for kept, fact in (("boxes", "box"), ("intensities", "intensity")):
             facts = {source.task.path: source.facts[fact] for source in found if fact in source.facts}
             metadata |= {kept: facts} if facts else {}
-        if self._xray:
-            groups, sides = (index.table.column(name).to_pylist() for name in ("group", "split"))
-            refuse_shared_groups(zip(groups, sides, strict=True), "The X-rays, grouped by the patients of their files")
+        groups, sides = (index.table.column(name).to_pylist() for name in ("group", "split"))
+        refuse_shared_groups(zip(groups, sides, strict=True), "The images, grouped by the patients of their files")
         return {**metadata, **mean_and_std(source.facts["moments"] for source in found if "moments" in source.facts)}
 
     def _fixed(self) -> dict[str, Any]:
@@ -188,6 +195,10 @@ class MedicalDomain(Domain):
             else {path: Intensity.from_json(raw) for path, raw in stored.items()},
             cached=self.options.cached_volumes,
             maps=self.options.maps,
+            series={
+                path: [(name, frame) for name, frame in pieces]
+                for path, pieces in index.metadata.get("series", {}).items()
+            },
         )
 
     def scene(self, index: SampleIndex, source: str) -> VolumeScene:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.inputs import InputSpec
+from fmsuite.domains.medical.maps import stem
 from fmsuite.domains.medical.reader import VolumeReader, voxel_box
 from fmsuite.tiling.preview import picture_path
 
@@ -70,7 +71,7 @@ def draw_windows(index: SampleIndex, reader: VolumeReader, spec: InputSpec, fold
                     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, panel.width), min(y1, panel.height)
                     draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR)
             panels.append(np.asarray(panel))
-        path = picture_path(folder, number, Path(source).name.removesuffix(".gz").removesuffix(".nii"))
+        path = picture_path(folder, number, stem(Path(source).name))
         Image.fromarray(_side_by_side(panels)).save(path)
         written.append(path)
     return written
