@@ -2,11 +2,11 @@
 
     python benchmarks/pneumonia.py --data pneumoniamnist.npz --out FOLDER
 
-The arrays are written as PNG files with a labels.csv (the canonical sides: train, val, test), a small network is pretrained on the
-training side as ``pneumonia.yaml`` says, and what it gives is judged on the test side: a linear probe and nearest neighbours on
-its frozen features (``fmsuite bench``) beside the same network untrained and a histogram of the values, and the same probe on raw
-pixels. ``--finetune`` then trains the whole network with labels, from the encoder and from scratch, as ``pneumonia-finetune.yaml``
-says. What is finished is not done again.
+The arrays are written as PNG files with a labels.csv (the canonical sides: train, val, test), a small network is
+pretrained on the training side as ``pneumonia.yaml`` says, and what it gives is judged on the test side: a linear probe
+and nearest neighbours on its frozen features (``fmsuite bench``) beside the same network untrained and a histogram of
+the values, and the same probe on raw pixels. ``--finetune`` then trains the whole network with labels, from the encoder
+and from scratch, as ``pneumonia-finetune.yaml`` says. What is finished is not done again.
 """
 
 from __future__ import annotations
