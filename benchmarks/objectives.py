@@ -222,7 +222,10 @@ def main() -> None:
             "data": arguments.data.name,
             "seeds": arguments.seeds,
         }
-        names, record["refused"] = fitting(settings, index, arguments.only)
+        names, refused = fitting(settings, index, arguments.only)
+        record["refused"] = {
+            name: why for name, why in record.get("refused", {}).items() if name not in names
+        } | refused
         for name in dict.fromkeys(["mae", *names]):
             if name not in record["costs"]:
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
-from fmsuite.commands.bench import FEWSHOT, FEWSHOT_METHOD
+from fmsuite.commands.bench_jobs import FEWSHOT, FEWSHOT_METHOD
 from fmsuite.commands.setup import recipe_folders
 from fmsuite.configs import recipes
 from fmsuite.core.backbones.config import VIT_SIZES
@@ -74,6 +74,7 @@ def _models() -> tuple[Row, list[Row]]:
     for name, size in VIT_SIZES.items():
         parameters = size.depth * size.width**2 * (4 + 2 * size.mlp_ratio) / 1e6
         rows.append((name, str(size.width), str(size.depth), str(size.heads), f"{parameters:.0f} M"))
+    rows.append(("swin_unetr", "768", "8", "3", "8 M (MONAI's encoder; masks tokens, drops none)"))
     rows.append(("timm:NAME", "", "", "", "any timm model as it is (2D; no token dropping or masking)"))
     return ("model", "width", "depth", "heads", "parameters in the blocks"), rows
 

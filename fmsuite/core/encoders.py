@@ -17,16 +17,19 @@ from torch import Tensor, nn
 import fmsuite
 from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.backbones.build import build_backbone
-from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.backbones.swin_unetr import SwinUNETR, is_published, published
 from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal, to_timm
 from fmsuite.core.backbones.timm_models import open_timm
 from fmsuite.core.backbones.vit import VisionTransformer
-from fmsuite.core.backbones.weights import read_checkpoint, recognise
+from fmsuite.core.backbones.weights import read_checkpoint, recognise, unwrap
+from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import View
 from fmsuite.core.inputs import InputSpec, Normalize
+from fmsuite.core.plugins import load_plugin
 from fmsuite.core.weight_files import METADATA_KEY, contiguous, write_weights
-from fmsuite.errors import FmsuiteError, UsageError
+from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"
@@ -92,6 +95,31 @@ class Encoder(nn.Module):
         """
         return self.features(pixels).pooled(self.pooling).float()
 
+    def read(self, path: str | Path) -> View:
+        """A file, read as those were that the encoder was trained on: its orientation, spacing and intensities.
+
+        Returns:
+            (N, C, *size) raw values, a row for each window that ``fmsuite tile`` would find in the file, in that order;
+            an image that is one window is one row. ``embed`` and ``features`` take them.
+
+        Raises:
+            UsageError: if the encoder does not say how files are read, or its domain is not installed.
+            ReadFailure: if the file, or a window of it, cannot be read.
+        """
+        reading = self.spec.reading
+        if reading is None:
+            raise UsageError(
+                "This encoder does not say how files are read.",
+                "Read the pixels yourself, as encoder.spec describes them, or use `fmsuite tile` and `fmsuite embed`.",
+            )
+        index, reader, spec = load_plugin(reading.domain).open_file(self.spec, path)
+        windows = WholeWindows(index, reader, spec, self.spec.size, self.backbone.grid)
+        batch, skipped = windows[range(len(index))]
+        if skipped or batch is None:
+            raise ReadFailure(str(path), skipped[0].stage, skipped[0].reason)
+        (view,) = batch.views[IMAGE]
+        return view
+
     def check_input(self, spec: InputSpec) -> None:
         """Refuse data that this encoder was not made for.
 
@@ -132,8 +160,8 @@ def load_encoder(
     Args:
         what: a run folder (``encoder.safetensors``); an exported ``.safetensors`` file, which carries its description
             or has it beside it as ``.json``; ``timm:NAME`` with timm's published weights, ``timm:NAME@FILE`` with those
-            of a file; ``hf-hub:OWNER/NAME``; or a checkpoint of the MAE, DINO, DINOv2 and I-JEPA releases or of a
-            plain ViT, recognised by its keys.
+            of a file; ``hf-hub:OWNER/NAME``; or a checkpoint of the MAE, DINO, DINOv2, I-JEPA and Swin UNETR
+            releases or of a plain ViT, recognised by its keys.
         channels: use only these of the encoder's channels, in this order; see ``select_channels``.
         heads: attention heads of a recognised checkpoint, where they are not those of its published size.
         spec: input of a recognised checkpoint, where it is not 8-bit RGB with ImageNet statistics.
@@ -196,7 +224,7 @@ def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
 def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, Any]:
     """What decides the embeddings beside the weights, as JSON values. Options at their defaults are left out, so that
     an option that a later version adds changes no identity."""
-    if not isinstance(backbone, VisionTransformer | TimmBackbone):
+    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR):
         raise UsageError(f"A {type(backbone).__name__} cannot be saved as an encoder.")
     model = backbone.config.model_copy(update={"weights": None, "input_size": None})
     return {
@@ -208,12 +236,12 @@ def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, 
 
 
 def _model_options(backbone: Backbone | ModelConfig) -> dict[str, Any]:
-    """Every option, so that a later version's defaults change nothing about a stored encoder. Of a timm model only
+    """Every option, so that a later version's defaults change nothing about a stored encoder. Of a foreign model only
     those that are set: the others do not apply to it."""
     config = backbone if isinstance(backbone, ModelConfig) else backbone.config
     assert isinstance(config, ModelConfig)
-    timm_model = config.name.startswith(PREFIX)
-    return config.model_dump(mode="json", exclude={"weights", "input_size"}, exclude_defaults=timm_model) | {
+    foreign = config.name.startswith(PREFIX) or config.name == SWIN_UNETR
+    return config.model_dump(mode="json", exclude={"weights", "input_size"}, exclude_defaults=foreign) | {
         "name": config.name
     }
 
@@ -292,6 +320,8 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
             "arguments": {"num_classes": 0, "in_chans": spec.in_chans},
             **_timm_data(spec),
         }
+    elif isinstance(backbone, SwinUNETR):
+        raise UsageError(f"{path}: timm has no Swin UNETR.", "Use layout native.")
     else:
         assert isinstance(backbone, VisionTransformer)
         form = to_timm(backbone, encoder.pooling)
@@ -335,7 +365,14 @@ def _file_encoder(path: Path, heads: int | None, spec: InputSpec | None) -> Enco
                 f"{path} describes itself; heads and spec are for original checkpoints.", "Leave them out."
             )
         return _described_encoder(path, described)
-    found = recognise(read_checkpoint(path), str(path), heads=heads, spec=spec)
+    checkpoint = read_checkpoint(path)
+    weights, _, _ = unwrap(checkpoint, str(path))
+    if is_published(weights):
+        if heads is not None:
+            raise UsageError(f"{path}: a Swin UNETR's heads are read from its weights.", "Leave heads out.")
+        swin, notes = published(weights, str(path), spec)
+        return Encoder(swin, swin.spec, "mean", notes)
+    found = recognise(checkpoint, str(path), heads=heads, spec=spec)
     backbone = VisionTransformer(found.config, found.spec)
     missing = load_equal(backbone, found.state, str(path))
     return Encoder(backbone, found.spec, found.pooling, {**found.notes, "not_in_file": missing})

@@ -11,9 +11,10 @@ from fmsuite.commands.setup import resolve_run
 from fmsuite.configs import load_recipe, recipes
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.inputs import InputSpec, rgb_channels
-from fmsuite.core.objectives.base import find_objective
+from fmsuite.core.objectives.base import Objective, find_objective
 from fmsuite.core.training.optim import OptimSchedules
 from fmsuite.core.training.schedules import run_length
+from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.errors import UsageError
 
 INPUTS = {
@@ -42,7 +43,11 @@ def test_every_recipe_is_accepted_and_its_network_can_be_built(name: str) -> Non
     config = resolve_run(domain, name, overrides=GIVEN.get(name, []))
     assert recipe.description
     with torch.device("meta"):
-        backbone = build_backbone(config.model, INPUTS[config.domain])
+        spec = INPUTS[config.domain]
+        if recipe.domain == "medical":
+            assert isinstance(config.data, MedicalOptions)
+            spec = spec.model_copy(update={"size": config.data.full_size})
+        backbone = build_backbone(config.model, spec)
         objective = find_objective(config.objective)(config.objective_options, backbone)
     assert objective.view_requests()
     batch, windows = config.training.batch_size, 1_000_000
@@ -71,6 +76,32 @@ def test_uni_has_the_published_hyper_parameters() -> None:
     assert schedules.weight_decay(0) == pytest.approx(0.04)
     assert schedules.weight_decay(124_999) == pytest.approx(0.4, rel=1e-3)
     assert config.training.batch_size == 3072
+
+
+def built(name: str, spec: InputSpec) -> Objective:
+    config = resolve_run("medical", name)
+    with torch.device("meta"):
+        return find_objective(config.objective)(config.objective_options, build_backbone(config.model, spec))
+
+
+def volume(size: tuple[int, int, int]) -> InputSpec:
+    return INPUTS["medical"].model_copy(update={"size": size})
+
+
+def test_the_medical_recipes_have_the_published_shapes() -> None:
+    primus = built("openmind-mae", volume((160, 160, 160)))
+    assert (primus.backbone.width, primus.backbone.depth) == (864, 16)
+    assert primus.backbone.pos_embed.shape == (1, 20**3, 864)
+    assert primus.backbone.blocks[0].mlp.fc2.in_features == 2304
+    reading = built("hi-end-mae", volume((96, 96, 96)))
+    assert (reading.backbone.width, reading.read_layers) == (1536, (9, 6, 3))
+    assert (len(reading.decoder_blocks), len(reading.reading_blocks)) == (2, 3)
+    voco = built("voco", volume((64, 192, 192)))
+    assert [request.size for request in voco.view_requests()] == [(64, 64, 64)] * 2
+    assert [request.cells for request in voco.view_requests()] == [(1, 3, 3)] * 2
+    swin = built("swin-unetr", volume((96, 96, 96)))
+    assert sum(p.numel() for p in swin.backbone.swinViT.parameters()) == pytest.approx(8.06e6, rel=0.01)
+    assert swin.view_requests()[0].size == (96, 96, 96)
 
 
 def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:

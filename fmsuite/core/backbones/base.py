@@ -34,6 +34,8 @@ class Features:
         attention: (B, heads, N) float32, what the class token attends to among the patches in the last block (the mean
             over the valid patches' attention where there is no class token), if it was asked for. Rows sum to one, less
             what goes to class token and registers; invalid patches get none, unless no token is valid.
+        maps: (B, width, *size) feature maps of several resolutions, the finest first, of a backbone that has them
+            (``SwinUNETR``), for a decoder. Empty otherwise.
     """
 
     patches: Tensor
@@ -43,6 +45,7 @@ class Features:
     intermediate: tuple[Tensor, ...] = ()
     attention: Tensor | None = None
     intermediate_prefix: tuple[Tensor, ...] = ()
+    maps: tuple[Tensor, ...] = ()
 
     @property
     def sequence(self) -> Tensor:
@@ -277,4 +280,5 @@ def _rows(features: Features, start: int, stop: int) -> Features:
         tuple(output[start:stop] for output in features.intermediate),
         cut(features.attention),
         tuple(output[start:stop] for output in features.intermediate_prefix),
+        tuple(output[start:stop] for output in features.maps),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fmsuite.core.backbones.base import Backbone
-from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.backbones.swin_unetr import SwinUNETR
 from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
 from fmsuite.core.backbones.transfer import transfer
 from fmsuite.core.backbones.vit import VisionTransformer
@@ -14,7 +15,8 @@ def build_backbone(config: ModelConfig, spec: InputSpec) -> Backbone:
     """A backbone for an input, started from ``config.weights`` if there are any.
 
     Args:
-        config: the shape. ``timm:NAME`` wraps a timm model (with random weights unless ``config.weights`` names some).
+        config: the shape. ``timm:NAME`` wraps a timm model (with random weights unless ``config.weights`` names some),
+            ``swin_unetr`` MONAI's Swin UNETR encoder.
         spec: the input; ``config.input_size``, if given, resizes it.
 
     Raises:
@@ -23,6 +25,8 @@ def build_backbone(config: ModelConfig, spec: InputSpec) -> Backbone:
     """
     if config.name.startswith(PREFIX):
         backbone: Backbone = TimmBackbone(config, spec)
+    elif config.name == SWIN_UNETR:
+        backbone = SwinUNETR(config, spec)
     else:
         backbone = VisionTransformer(config, spec)
     if config.weights is not None:

@@ -33,17 +33,23 @@ VIT_SIZES: dict[str, VitSize] = {
 2023 (giant2, DINOv2's ViT-g)."""
 
 
+SWIN_UNETR = "swin_unetr"
+"""The name of Swin UNETR's encoder (``swin_unetr.py``)."""
+
+
 class ModelConfig(BaseModel):
     """A backbone.
 
     Attributes:
-        name: one of ``VIT_SIZES``, or ``timm:NAME`` for a timm model as it is (2D only; it cannot drop or mask tokens).
+        name: one of ``VIT_SIZES``; ``timm:NAME`` for a timm model as it is (2D only; it cannot drop or mask tokens); or
+            ``swin_unetr`` for Swin UNETR's encoder, of which ``width`` is the last stage's and ``heads`` the first's.
         input_size: length along the spatial axes; the domain's window if not given.
         patch_size: one number, or one for each input axis.
         width, depth, heads, mlp_ratio: override the named size.
         cls_token, registers: special tokens.
-        positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, ``relative`` (a learned bias of
-            every attention by the distance of two tokens, shared by all blocks: BEiT), or ``none``.
+        positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, ``learned+rotary`` for both
+            (Primus), ``relative`` (a learned bias of every attention by the distance of two tokens, shared by all
+            blocks: BEiT), or ``none``.
         positions_cls: the learned table has an entry for the class token, as in the original ViT, MAE and DINO(v2).
         position_units: ``index`` counts patches; ``physical`` uses the spacing, so that one millimetre is one
             millimetre at every spacing.
@@ -75,7 +81,7 @@ class ModelConfig(BaseModel):
     mlp_ratio: float | None = Field(default=None, gt=0)
     cls_token: bool = True
     registers: int = Field(default=0, ge=0)
-    positions: Literal["learned", "sincos", "rotary", "relative", "none"] = "learned"
+    positions: Literal["learned", "sincos", "rotary", "learned+rotary", "relative", "none"] = "learned"
     positions_cls: bool = True
     position_units: Literal["index", "physical"] = "index"
     position_scale: float = Field(default=1.0, gt=0)
@@ -98,17 +104,27 @@ class ModelConfig(BaseModel):
         """An option that nothing would read is a misunderstanding."""
         fields = type(self).model_fields
         for key, wanted, needed in (
-            ("rope_theta", self.positions == "rotary", "positions: rotary"),
+            ("rope_theta", self.rotary, "positions: rotary"),
             ("position_widths", self.positions == "sincos", "positions: sincos"),
             ("position_scale", self.position_units == "physical", "position_units: physical"),
-            ("position_units", self.positions in ("sincos", "rotary"), "positions: sincos or rotary"),
+            ("position_units", self.positions == "sincos" or self.rotary, "positions: sincos or rotary"),
         ):
             if not wanted and getattr(self, key) != fields[key].default:
                 raise ValueError(f"{key} has no effect without {needed}")
-        if not self.name.startswith("timm:"):
+        if not self.name.startswith("timm:") and self.name != SWIN_UNETR:
             # An unknown name, or heads that do not divide the width, is refused before any data is looked at.
             _ = self.size
         return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a learned table of positions."""
+        return self.positions in ("learned", "learned+rotary")
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns its queries and keys."""
+        return self.positions in ("rotary", "learned+rotary")
 
     @property
     def size(self) -> VitSize:
@@ -118,7 +134,7 @@ class ModelConfig(BaseModel):
             UsageError: for an unknown name, or a width that the heads do not divide.
         """
         if self.name not in VIT_SIZES:
-            raise UsageError(f"There is no model '{self.name}'.", nearest(self.name, VIT_SIZES))
+            raise UsageError(f"There is no model '{self.name}'.", nearest(self.name, [*VIT_SIZES, SWIN_UNETR]))
         base = VIT_SIZES[self.name]
         width, heads = self.width or base.width, self.heads or base.heads
         if width % heads:

@@ -58,8 +58,8 @@ def to_timm(model: VisionTransformer, pooling: str = "cls") -> TimmLayout:
     except UsageError as error:
         raise UsageError(error.message, way_out) from error
     config = model.config
-    if config.positions == "rotary" or config.position_units == "physical":
-        what = "rotary" if config.positions == "rotary" else "physical"
+    if config.rotary or config.position_units == "physical":
+        what = "rotary" if config.rotary else "physical"
         raise UsageError(f"timm's VisionTransformer has no {what} positions like this model's.", way_out)
     for unknown, what in (
         (config.positions == "relative", "relative positions"),

@@ -9,6 +9,7 @@ from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.layers import mlp_hidden
 from fmsuite.core.backbones.positions import resample_table
 from fmsuite.core.backbones.relative_bias import resample_offsets
+from fmsuite.core.backbones.swin_unetr import SwinUNETR, load_swin
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal
 from fmsuite.core.backbones.vit import VisionTransformer
@@ -39,6 +40,14 @@ def transfer(source: Backbone, target: Backbone, origin: str) -> None:
             raise UsageError(f"{origin}: cannot start '{target.config.name}'.", "Name weights of the same model.")
         state = _timm_state(source, target, origin)
         target.model.load_state_dict(state)
+        return
+    if isinstance(target, SwinUNETR):
+        if not isinstance(source, SwinUNETR):
+            raise UsageError(f"{origin}: cannot start a Swin UNETR.", "Name weights of a Swin UNETR.")
+        have, want = source.spec.channel_names, target.spec.channel_names
+        if len(have) != len(want):
+            raise UsageError(f"{origin}: it has {len(have)} channels, the input {len(want)}.", "Make them equal.")
+        load_swin(target, source.state_dict(), origin)
         return
     if not isinstance(target, VisionTransformer):
         raise UsageError(f"{origin}: weights cannot be copied into a {type(target).__name__}.")
@@ -80,7 +89,7 @@ def _positions(state: dict[str, Tensor], source: VisionTransformer, target: Visi
         raise UsageError(f"{origin}: its position table is not the sine-cosine one.", "Set model.positions to learned.")
     if kinds[0] != kinds[1]:
         raise UsageError(f"{origin}: its positions are {kinds[0]}, the model's are {kinds[1]}.", "Make them equal.")
-    if kinds[0] not in ("learned", "relative"):
+    if not source.config.learned and kinds[0] != "relative":
         return
     assert source.grid is not None
     assert target.grid is not None

@@ -333,7 +333,7 @@ class VisionTransformer(Backbone):
         return key_mask_of(layout.valid, self.num_prefix_tokens)
 
     def _make_table(self) -> nn.Parameter | None:
-        if self.config.positions != "learned":
+        if not self.config.learned:
             return None
         if self.grid is None:
             raise UsageError("A bag of vectors has no grid for a learned position table.", "Use sincos or rotary.")
@@ -366,7 +366,7 @@ class VisionTransformer(Backbone):
         axes = self.spec.axes if self.grid is None else self.grid.token_axes
         if self.config.positions == "sincos":
             axis_widths(axes, self.width, self.config.position_widths)
-        if self.config.positions == "rotary":
+        if self.config.rotary:
             rotary_angles(TokenLayout(axes, torch.zeros(1, len(axes))), head_dim, self.config.rope_theta)
 
     def _positions(self, layout: TokenLayout) -> tuple[Tensor | None, Tensor | None]:
@@ -388,7 +388,7 @@ class VisionTransformer(Backbone):
         return table, self.pos_embed[:, :1] if first else None
 
     def _rotary(self, layout: TokenLayout) -> Rotary | None:
-        if self.config.positions != "rotary":
+        if not self.config.rotary:
             return None
         angles = rotary_angles(
             layout,

@@ -218,6 +218,36 @@ def random_box(
     return tuple(start), tuple(extent)
 
 
+def cell_box(
+    size: Sequence[int | float],
+    cells: Sequence[int],
+    number: int | None,
+    generator: np.random.Generator,
+    whole: bool = True,
+) -> Box:
+    """A box of the size of one of a window's equal cells.
+
+    Args:
+        size: the window's length along each axis.
+        cells: into how many cells each axis is divided.
+        number: which of the cells, row-major; ``None`` for a random place, uniform over those inside the window.
+        generator: the source of randomness; only a random place draws from it.
+        whole: a random place begins at a whole array sample, along axes whose cells measure whole samples; otherwise
+            corners are real numbers.
+    """
+    extent = tuple(length / count for length, count in zip(size, cells, strict=True))
+    if number is not None:
+        place = np.unravel_index(number, tuple(cells))
+        return tuple(float(index * side) for index, side in zip(place, extent)), extent
+    start = []
+    for length, side in zip(size, extent):
+        on_samples = whole and side == int(side)
+        start.append(float(generator.integers(0, int(length - side) + 1) if on_samples else generator.random()))
+        if not on_samples:
+            start[-1] *= length - side
+    return tuple(start), extent
+
+
 _TRIES = 10
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fmsuite.core.data.adjust import Adjustment, stacked
-from fmsuite.core.data.crop import random_box
+from fmsuite.core.data.crop import Box, cell_box, random_box
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.sample import (
@@ -54,6 +54,7 @@ class SampleView:
         bag: it is a bag of vectors.
         adjust: as in ``ArraySample``.
         maps: label maps that the request named, (*size) integers.
+        box: (2, A) float32, as in ``View``; ``None`` for a bag.
     """
 
     values: Array
@@ -66,6 +67,7 @@ class SampleView:
     bag: bool = False
     adjust: Adjustment | None = None
     maps: dict[str, Array] = field(default_factory=dict)
+    box: Array | None = None
 
 
 @dataclass
@@ -109,6 +111,7 @@ class ViewPipeline:
 
     Raises:
         UsageError: if a request's size does not fit the axes, or a masked one not the patches.
+        ValueError: if a request's cells do not fit the axes, or its count not the cells that it asks for.
     """
 
     def __init__(
@@ -136,6 +139,20 @@ class ViewPipeline:
         self.seed = seed
         self.spatial = tuple(number for number, axis in enumerate(axes) if axis in SPATIAL_AXES)
         self.masked_views = sum(request.count for request in requests if request.mask is not None)
+        for request in requests:
+            self._check_cells(request)
+
+    def _check_cells(self, request: ViewRequest) -> None:
+        cells = request.cells
+        if cells is None:
+            if request.tiled:
+                raise ValueError(f"view '{request.name}' asks for cells and does not say into how many to divide")
+            return
+        across = [count for axis, count in enumerate(cells) if axis not in self.spatial]
+        if len(cells) != len(self.axes) or min(cells) < 1 or any(count != 1 for count in across):
+            raise ValueError(f"view '{request.name}' divides the axes {self.axes} into {cells} cells")
+        if request.tiled and request.count != int(np.prod(cells)):
+            raise ValueError(f"view '{request.name}' asks for {request.count} of {cells} cells")
 
     def __call__(self, sample: Sample, key: SampleKey) -> dict[str, list[SampleView]]:
         """The views by request name.
@@ -150,7 +167,7 @@ class ViewPipeline:
             group = views.setdefault(request.name, [])
             for number in range(request.count):
                 draw = (key.epoch, key.index, key.attempt, request.name, number)
-                cut = self._cut(sample, request, generator(self.seed, "view", *draw))
+                cut, box = self._cut(sample, request, number, generator(self.seed, "view", *draw))
                 view = SampleView(
                     cut.values,
                     cut.valid,
@@ -160,6 +177,7 @@ class ViewPipeline:
                     bag=not request.size,
                     adjust=cut.adjust,
                     maps={name: _label_map(cut, name, request) for name in request.maps},
+                    box=box,
                 )
                 if request.mask is not None:
                     context = self._context(cut, view.bag, key, masked, generator(self.seed, "mask", *draw))
@@ -169,14 +187,17 @@ class ViewPipeline:
                 group.append(view)
         return views
 
-    def _cut(self, sample: Sample, request: ViewRequest, draw: np.random.Generator) -> ArraySample:
+    def _cut(
+        self, sample: Sample, request: ViewRequest, number: int, draw: np.random.Generator
+    ) -> tuple[ArraySample, Array | None]:
         source = self.augmentation.before_crop(sample, request.augment, draw)
+        box = None
         if request.size:
             if len(source.size) != len(self.axes):
                 raise ValueError(f"the reader gave an array of size {source.size} for the axes {self.axes}")
             size = tuple(n if a in self.spatial else round(source.size[a]) for a, n in enumerate(request.size))
-            whole = isinstance(source, ArraySample)
-            start, extent = random_box(source.size, request.scale, request.ratio, self.spatial, draw, whole)
+            start, extent = self._box(source, request, number, draw)
+            box = (np.array([start, extent]) / np.array(source.size)).astype(np.float32)
             cut = source.crop(start, extent, size)
             if cut.size != size:
                 raise ValueError(f"a crop of view '{request.name}' has size {cut.size} instead of {size}")
@@ -190,7 +211,13 @@ class ViewPipeline:
             )
         if cut.adjust is not None and not request.size:
             raise ValueError(f"the augmentation of view '{request.name}' adjusts a bag of vectors, which has no pixels")
-        return self._whole_patches(cut) if request.size and self.grid is not None else cut
+        return self._whole_patches(cut) if request.size and self.grid is not None else cut, box
+
+    def _box(self, source: Sample, request: ViewRequest, number: int, draw: np.random.Generator) -> Box:
+        whole = isinstance(source, ArraySample)
+        if request.cells is None:
+            return random_box(source.size, request.scale, request.ratio, self.spatial, draw, whole)
+        return cell_box(source.size, request.cells, number if request.tiled else None, draw, whole)
 
     def _whole_patches(self, cut: ArraySample) -> ArraySample:
         """Pad axes that are not spatial to a whole number of patches."""
@@ -375,6 +402,9 @@ def _stack(views: Sequence[SampleView]) -> View:
         torch.tensor([view.key for view in views], dtype=torch.int64),
         stacked([view.adjust for view in views]),
         maps={name: _tensor([view.maps[name] for view in views], longest) for name in first.maps},
+        box=None
+        if first.box is None
+        else torch.from_numpy(np.stack([view.box for view in views if view.box is not None])),
     )
 
 

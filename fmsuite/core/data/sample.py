@@ -129,6 +129,9 @@ class ViewRequest:
         size: length along each axis after resampling.
         scale: range of the crop's share of the sample's area or volume; (1, 1) is the whole sample.
         ratio: range of the crop's aspect ratio.
+        cells: into how many equal cells the sample is divided along each axis. A view is then of a cell's size, at a
+            random place, and ``scale`` and ``ratio`` are not read. One along axes that are not spatial.
+        tiled: the views are those cells themselves, row-major; ``count`` is their number.
         augment: strength, one of ``AUGMENT``; the domain decides what is valid for its images at that strength.
         second: this view is the second of an asymmetric pair (less blur, solarisation, where the domain has them).
         mask: draws the tokens to mask, or ``None``.
@@ -144,6 +147,8 @@ class ViewRequest:
     second: bool = False
     mask: MaskSampler | None = None
     maps: tuple[str, ...] = ()
+    cells: tuple[int, ...] | None = None
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,8 @@ class View:
             stay on the host. ``None`` once it is done.
         maps: the label maps that the request named, (B, *size) integers; 0 where a shorter sample is padded, which
             ``valid`` tells.
+        box: (B, 2, A) float32, where the view was cut from, before it was flipped or turned: start and extent along
+            each axis as shares of the sample's length. ``None`` for bags.
     """
 
     pixels: Tensor
@@ -203,6 +210,7 @@ class View:
     keys: Tensor | None = None
     adjust: dict[str, Tensor] | None = None
     maps: dict[str, Tensor] = field(default_factory=dict)
+    box: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -222,6 +230,7 @@ class View:
             each(self.keys),
             None if self.adjust is None else {name: function(part) for name, part in self.adjust.items()},
             maps={name: function(labels) for name, labels in self.maps.items()},
+            box=each(self.box),
         )
 
     def to(self, device: torch.device | str) -> View:
@@ -265,6 +274,7 @@ class View:
             join([v.keys for v in views]),
             None if parts is None else {name: torch.cat([v.adjust[name] for v in views if v.adjust]) for name in parts},
             maps={name: torch.cat([v.maps[name] for v in views]) for name in first.maps},
+            box=join([v.box for v in views]),
         )
 
 

@@ -120,6 +120,18 @@ class MaskDecoder(VisibleEncoder):
 
     def decode_tokens(self, visible: Visible, wanted: Tensor | None = None) -> Tensor:
         """(B, N or M, decoder_width) tokens before the prediction heads; see ``decode``."""
+        tokens, key_mask = self.place_tokens(visible)
+        prefix = int(visible.features.cls is not None)
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            tokens = block(tokens, key_mask=key_mask)
+        if wanted is not None:
+            return self.decoder_norm(last(tokens, key_mask=key_mask, queries=wanted + prefix))
+        return self.decoder_norm(last(tokens, key_mask=key_mask))[:, prefix:]
+
+    def place_tokens(self, visible: Visible) -> tuple[Tensor, Tensor | None]:
+        """What goes into the decoder's first block: (B, S, decoder_width), the class token first if there is one, then
+        all N tokens in the order of the layout; and which of them attention may read, see ``key_mask_of``."""
         features, ids, keep_valid, layout = visible.features, visible.ids, visible.keep_valid, visible.layout
         prefix = 0 if features.cls is None else 1
         # One product for the class token and the patches; registers are left behind.
@@ -134,13 +146,7 @@ class MaskDecoder(VisibleEncoder):
         tokens = tokens + self._positions(layout).to(tokens.dtype)
         if prefix:
             tokens = torch.cat([embedded[:, :1], tokens], dim=1)
-        key_mask = key_mask_of(layout.valid, prefix)
-        *blocks, last = self.decoder_blocks
-        for block in blocks:
-            tokens = block(tokens, key_mask=key_mask)
-        if wanted is not None:
-            return self.decoder_norm(last(tokens, key_mask=key_mask, queries=wanted + prefix))
-        return self.decoder_norm(last(tokens, key_mask=key_mask))[:, prefix:]
+        return tokens, key_mask_of(layout.valid, prefix)
 
     def _positions(self, layout: TokenLayout) -> Tensor:
         return decoder_positions(layout, self.config)

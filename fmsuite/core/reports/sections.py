@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fmsuite.core.evaluation.metrics import METRICS
+from fmsuite.core.evaluation.multilabel import METRICS as MULTILABEL
+from fmsuite.core.evaluation.regression import METRICS as REGRESSION
 from fmsuite.core.evaluation.results import Results
 from fmsuite.core.reports.answer import Answer, answer
 from fmsuite.core.reports.blocks import (
@@ -19,9 +20,11 @@ from fmsuite.core.reports.blocks import (
     evidence_block,
     map_figure,
     neighbour_row,
+    repeat_of,
     skipped_list,
 )
 from fmsuite.core.reports.charts import Curve, Look, shot_curves
+from fmsuite.core.reports.shares import share_figures
 from fmsuite.core.reports.sources import Comparison
 from fmsuite.core.reports.tables import (
     EncoderLine,
@@ -48,7 +51,6 @@ from fmsuite.core.reports.wording import (
     shots_name,
     supervision,
 )
-from fmsuite.core.training.progress import format_seconds
 
 
 @dataclass
@@ -91,6 +93,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
     """
     results, exhibits = source.results, source.exhibits
     said = answer(results)
+    described = {**METRICS, **MULTILABEL, **REGRESSION}
     best = said.best
     marks = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     same = same_setting(results, best) if best is not None else []
@@ -110,13 +113,13 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         tables=score_tables(results, marks),
         full=full_table(results),
         metrics=[
-            (metric_name(name), METRICS[name])
+            (metric_name(name), described[name])
             for name in dict.fromkeys(name for e in results.evaluations for name in e.metrics)
-            if name in METRICS
+            if name in described
         ],
-        curves=_curves(results, marks, keys),
+        curves=[*_curves(results, marks, keys), *share_figures(results, marks, keys)],
         shuffled_curves=any(e.shuffled and e.shots is not None for e in results.evaluations),
-        matrices=[matrix(e, results.classes) for e in same],
+        matrices=[matrix(e, results.classes) for e in same if e.confusion],
         matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit)}" if best else "",
         hard=hardest(results, best) if best is not None else [],
         judged=judged(results),
@@ -126,7 +129,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         neighbours=neighbours,
         evidence=evidence,
         skipped=skipped_list(source.skipped),
-        repeat=_repeat(results),
+        repeat=repeat_of(results.facts),
         notes=_notes(source, album.notes),
     )
 
@@ -171,23 +174,6 @@ def _curves(results: Results, marks: dict[str, int], keys: Iterator[str]) -> lis
             )
             figures.append(Figure(svg, heading=method_name(method)))
     return figures
-
-
-def _repeat(results: Results) -> Repeat:
-    facts = results.facts
-    return Repeat(
-        [(shlex.join(facts.command), "")],
-        [
-            ("seed", str(facts.seed)),
-            ("hash of the index", facts.index_hash),
-            ("started", facts.started),
-            ("took", format_seconds(facts.seconds)),
-            ("Python", facts.python),
-            ("platform", facts.platform),
-        ],
-        sorted(facts.versions.items()),
-        list(facts.inputs.items()),
-    )
 
 
 def _notes(source: Comparison, more: Sequence[str]) -> list[str]:

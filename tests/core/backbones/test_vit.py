@@ -463,3 +463,24 @@ def test_weights_of_other_layers_are_refused_by_name(changes: dict) -> None:
         transfer(_vit(RGB), _vit(RGB, **changes), "weights")
     with pytest.raises(UsageError, match=f"its {key} is"):
         transfer(_vit(RGB, **changes), _vit(RGB), "weights")
+
+
+@pytest.mark.parametrize("spec", [RGB, VOLUME])
+def test_a_learned_table_and_rotary_positions_act_together(spec: InputSpec) -> None:
+    view = _view(spec)
+    models = {name: _vit(spec, positions=name, patch_size=4) for name in ("learned", "rotary", "learned+rotary")}
+    both = models["learned+rotary"]
+    state = both.state_dict()
+    models["learned"].load_state_dict(state)
+    turned_only = {key: value for key, value in state.items() if key != "pos_embed"}
+    models["rotary"].load_state_dict(turned_only)
+    assert not torch.allclose(models["learned"](view).patches, both(view).patches, atol=1e-3)
+    assert not torch.allclose(models["rotary"](view).patches, both(view).patches, atol=1e-3)
+    with torch.no_grad():
+        both.pos_embed.zero_()
+    assert torch.equal(models["rotary"](view).patches, both(view).patches)
+    larger = VisionTransformer(both.config, spec.resized(tuple(2 * length for length in spec.size)))
+    transfer(models["learned+rotary"], larger, "run")
+    assert larger.pos_embed.shape[1] == 1 + larger.grid.layout(larger.spec.size).num_tokens
+    with pytest.raises(UsageError, match="timm"):
+        to_timm(both, "cls")

@@ -389,6 +389,79 @@ def test_plain_views_of_bags_need_no_size() -> None:
     assert batch.views["image"][0].pixels.shape == (3, 5, 5)
 
 
+def boxes(views: list[SampleView]) -> np.ndarray:
+    return np.stack([view.box for view in views if view.box is not None])
+
+
+def test_cells_tile_the_sample_and_random_views_are_of_their_size() -> None:
+    values = np.arange(2 * 12 * 18, dtype=np.float32).reshape(2, 12, 18)
+    requests = [
+        ViewRequest("base", (8, 8), count=6, cells=(2, 3), tiled=True, augment="none"),
+        ViewRequest("random", (6, 6), count=200, cells=(2, 3), augment="none"),
+        ViewRequest("scaled", (6, 6), scale=(0.2, 0.4), augment="none"),
+    ]
+    pipeline = ViewPipeline(requests, NoAugmentation(), None, SPEC.axes, seed=0)
+    views = pipeline(ArraySample(values), SampleKey(0, 0))
+    found = boxes(views["base"])
+    corners = [(row / 2, column / 3) for row in range(2) for column in range(3)]
+    np.testing.assert_allclose(found[:, 0], corners, atol=1e-7)
+    np.testing.assert_allclose(found[:, 1], [(1 / 2, 1 / 3)] * 6, atol=1e-7)
+    starts = set()
+    for view in views["random"]:
+        assert view.box is not None
+        top, left = np.rint(view.box[0] * (12, 18)).astype(int).tolist()
+        np.testing.assert_allclose(view.box[0] * (12, 18), (top, left), atol=1e-5)
+        np.testing.assert_allclose(view.box[1], (1 / 2, 1 / 3), atol=1e-7)
+        assert np.array_equal(view.values, values[:, top : top + 6, left : left + 6])
+        starts.add((top, left))
+    assert {top for top, _ in starts} == set(range(7))
+    assert {left for _, left in starts} == set(range(13))
+    scaled = boxes(views["scaled"])[0]
+    assert 0.15 < scaled[1].prod() < 0.45
+    assert (scaled.sum(0) <= 1).all()
+
+
+def test_cells_that_do_not_divide_the_sample_lie_between_its_pixels() -> None:
+    values = np.broadcast_to(np.arange(16, dtype=np.float32), (2, 16, 16)).copy()
+    request = ViewRequest("base", (4, 4), count=3, cells=(1, 3), tiled=True, augment="none")
+    views = ViewPipeline([request], NoAugmentation(), None, SPEC.axes, seed=0)(ArraySample(values), SampleKey(0, 0))
+    means = [view.values.mean() for view in views["base"]]
+    # A ramp's mean over a third of the width; what is beyond its edges counts as the edge.
+    np.testing.assert_allclose(means, [16 / 6 - 0.5, 7.5, 15.5 - 16 / 6], atol=0.2)
+    random = replace(request, tiled=False, count=50)
+    views = ViewPipeline([random], NoAugmentation(), None, SPEC.axes, seed=0)(ArraySample(values), SampleKey(0, 0))
+    assert (boxes(views["base"]).sum(1) <= 1 + 1e-6).all()
+
+
+def test_the_boxes_of_a_batch_follow_its_samples() -> None:
+    request = ViewRequest("random", (4, 4), cells=(2, 2))
+    pipeline = ViewPipeline([request], NoAugmentation(), None, SPEC.axes, seed=0)
+    sample = ArraySample(np.zeros((2, 16, 16), dtype=np.float32))
+    items = [Item(pipeline(sample, SampleKey(0, index)), index, -1) for index in range(3)]
+    view = collate(items).views["random"][0]
+    assert view.box is not None
+    assert view.box.dtype == torch.float32
+    expected = np.concatenate([boxes(item.views["random"]) for item in items])
+    np.testing.assert_array_equal(view.box.numpy(), expected)
+    assert torch.equal(view[1:].box, view.box[1:])
+    assert torch.equal(view.cat([view, view]).box, torch.cat([view.box, view.box]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cells": (2,)}, {"cells": (0, 2)}, {"cells": (2, 2), "tiled": True, "count": 3}, {"tiled": True}],
+)
+def test_cells_that_cannot_be_are_refused(change: dict) -> None:
+    request = replace(ViewRequest("image", (4, 4)), **change)
+    with pytest.raises(ValueError, match="cells"):
+        ViewPipeline([request], NoAugmentation(), None, SPEC.axes, seed=0)
+
+
+def test_time_is_not_divided() -> None:
+    with pytest.raises(ValueError, match="divides the axes"):
+        ViewPipeline([ViewRequest("a", (4, 4, 4), cells=(2, 1, 1))], NoAugmentation(), None, SERIES.axes, seed=0)
+
+
 def test_a_view_brings_the_label_maps_that_its_request_names() -> None:
     request = ViewRequest("crop", (8, 8), scale=(0.2, 0.8), augment="none", maps=("organ",))
 

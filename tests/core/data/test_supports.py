@@ -156,7 +156,8 @@ def test_micro_batches_see_all_supports_and_every_tensor_is_mapped() -> None:
     seen = []
     mapped = batch.map(lambda tensor: seen.append(tensor) or tensor + 1)
     keys = [view.keys for group in (batch, batch.support) for views in group.views.values() for view in views]
-    assert len(seen) == 2 * len(keys) + 4
+    # Of each view pixels, keys and box; of each batch indices and labels.
+    assert len(seen) == 3 * len(keys) + 4
     assert torch.equal(mapped.support.labels, batch.support.labels + 1)
     assert torch.equal(mapped.support.views["support"][0].keys, batch.support.views["support"][0].keys + 1)
     doubled = batch.map_views(lambda view: view.map(lambda tensor: 2 * tensor))

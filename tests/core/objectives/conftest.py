@@ -13,6 +13,7 @@ import torch
 
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.data.crop import cell_box
 from fmsuite.core.data.pairs import byte_tokens
 from fmsuite.core.data.sample import Batch, MaskContext, SampleKey, View
 from fmsuite.core.inputs import Channel, InputSpec, Normalize
@@ -122,6 +123,13 @@ def _partners(request, batch, seed, step) -> torch.Tensor:
     return torch.from_numpy(np.stack([byte_tokens(text, request.tokens) for text in texts]))
 
 
+def _boxes(request, batch, number, random) -> torch.Tensor:
+    """Where the views of a request for cells would have been cut, in samples of length one."""
+    cell, unit = number if request.tiled else None, [1.0] * len(request.size)
+    boxes = [cell_box(unit, request.cells, cell, random, whole=False) for _ in range(batch)]
+    return torch.tensor(boxes, dtype=torch.float32)
+
+
 def _samples(objective, requests, kind, batch, step, seed, invalid, nan) -> Batch:
     views: dict[str, list[View]] = {}
     masked_views = sum(request.count for request in requests if request.mask is not None)
@@ -150,6 +158,8 @@ def _samples(objective, requests, kind, batch, step, seed, invalid, nan) -> Batc
             if nan:
                 view.pixels = torch.where(view.valid, view.pixels, torch.nan)
             view.pixels = normalize(view.pixels, view.valid)
+            if request.cells is not None:
+                view.box = _boxes(request, batch, count, np.random.default_rng([seed, step, number, position, count]))
             views.setdefault(request.name, []).append(view)
     return Batch(views, torch.arange(batch), torch.full((batch,), -1))
 

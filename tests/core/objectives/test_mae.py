@@ -12,8 +12,9 @@ import torch
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.positions import sincos_positions
 from fmsuite.core.backbones.vit import VisionTransformer
-from fmsuite.core.data.sample import Batch, MaskContext, SampleKey, View
-from fmsuite.core.inputs import InputSpec, rgb_channels
+from fmsuite.core.data.pipeline import Item, NoAugmentation, ViewPipeline, collate
+from fmsuite.core.data.sample import ArraySample, Batch, MaskContext, SampleKey, View
+from fmsuite.core.inputs import Channel, InputSpec, rgb_channels
 from fmsuite.core.masking import BlockPattern, RatioMasking, keep_ids
 from fmsuite.core.objectives.group_heads import group_heads, project
 from fmsuite.core.objectives.mae import MAE, MAEConfig, masked_mean_error, patch_targets
@@ -178,14 +179,14 @@ def test_the_reconstruction_keeps_visible_pixels_and_a_perfect_prediction_gives_
     objective = toys.objective("mae", "thirteen_grouped", norm_pix=norm_pix)
     batch = toys.batch(objective, "thirteen_grouped")
     view = batch.views["image"][0]
-    picture = objective.reconstruct(batch)
+    picture = objective.reconstruct(batch).filled
     patches, shown = objective.grid.patchify(view.pixels), objective.grid.patchify(picture)
     assert torch.equal(shown[~view.mask], patches[~view.mask])
     assert not torch.allclose(shown[view.mask], patches[view.mask], atol=1e-2)
     target, _, mean, spread = patch_targets(objective.grid, view)
     perfect = (target - mean) / spread if norm_pix else target
     monkeypatch.setattr(objective, "predict", lambda view: (perfect, view.mask))
-    torch.testing.assert_close(objective.reconstruct(batch), view.pixels, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(objective.reconstruct(batch).filled, view.pixels, atol=1e-5, rtol=1e-5)
 
 
 def test_the_view_asked_for_follows_the_options(toys):
@@ -301,3 +302,63 @@ def test_a_backbone_that_cannot_drop_tokens_is_refused_by_name(toys):
     backbone.can_drop_tokens = False
     with pytest.raises(UsageError, match="VisionTransformer, which cannot"):
         MAE(MAEConfig(), backbone)
+
+
+def slab(context: MaskContext) -> np.ndarray:
+    """Hides the tokens of the last third of x in the first half of z."""
+    z, _, x = np.indices(context.shape)
+    return ((z < context.shape[0] // 2) & (x >= 2 * context.shape[2] // 3)).ravel()
+
+
+def test_a_mask_hides_the_same_places_of_a_volume_that_is_no_cube_from_pipeline_to_loss(context):
+    """Axes that change places between mask and tokens would go unseen in a cube."""
+    size, patch = (4, 8, 12), 2
+    spec = InputSpec(axes=("z", "y", "x"), size=size, channels=rgb_channels()[:1])
+    torch.manual_seed(0)
+    model = ModelConfig(width=24, depth=2, heads=2, patch_size=patch, positions="sincos")
+    config = MAEConfig(norm_pix=False, decoder_width=24, decoder_depth=1, decoder_heads=2)
+    objective = MAE(config, VisionTransformer(model, spec)).eval()
+    request = replace(objective.view_requests()[0], mask=slab, scale=(1.0, 1.0), augment="none")
+    pipeline = ViewPipeline([request], NoAugmentation(), objective.grid, spec.axes, seed=0)
+    values = np.random.default_rng(0).normal(size=(1, *size)).astype(np.float32)
+    item = Item(pipeline(ArraySample(values), SampleKey(0, 0)), 0, -1)
+    batch = collate([item])
+    view = batch.views["image"][0]
+    hidden = torch.zeros(size, dtype=torch.bool)
+    hidden[:2, :, 8:] = True
+    assert int(view.mask.sum()) == 1 * 4 * 2
+
+    prediction, mask = objective.predict(view)
+    others = view.pixels.clone()
+    others[:, :, hidden] = 7.0
+    assert torch.equal(objective.predict(replace(view, pixels=others))[0], prediction)
+    for place in ((3, 0, 11), (0, 0, 7), (2, 7, 8)):
+        shown = view.pixels.clone()
+        shown[(0, 0, *place)] += 3.0
+        assert not torch.equal(objective.predict(replace(view, pixels=shown))[0], prediction)
+
+    errors = []
+    for z, y, x in np.ndindex(2, 4, 6):
+        box = tuple(slice(patch * index, patch * (index + 1)) for index in (z, y, x))
+        token = (z * 4 + y) * 6 + x
+        assert bool(mask[0, token]) == bool(hidden[box].all())
+        if mask[0, token]:
+            errors.append(((prediction[0, token] - view.pixels[0, 0][box].flatten()) ** 2).mean().item())
+    assert len(errors) == 8
+    assert objective(batch, context)["loss"].item() == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_the_error_is_a_mean_over_channels_and_not_their_sum(channels):
+    named = tuple(Channel(name=str(number)) for number in range(channels))
+    spec = InputSpec(axes=("z", "y", "x"), size=(4, 4, 8), channels=named)
+    model = ModelConfig(width=24, depth=1, heads=2, patch_size=2, positions="sincos")
+    config = MAEConfig(norm_pix=False, decoder_width=24, decoder_depth=1, decoder_heads=2)
+    objective = MAE(config, VisionTransformer(model, spec))
+    plane = torch.randn(3, 1, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < 0.75
+    view = View(plane.expand(-1, channels, -1, -1, -1), mask=mask)
+    prediction = torch.zeros(3, 16, 8 * channels)
+    hidden = objective.grid.unpatchify(mask[..., None].expand(-1, -1, 8 * channels).float(), (4, 4, 8))[:, :1] > 0
+    loss = objective.reconstruction_loss(view, prediction, mask)
+    assert loss.item() == pytest.approx((plane[hidden] ** 2).mean().item(), rel=1e-5)

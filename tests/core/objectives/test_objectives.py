@@ -46,6 +46,8 @@ def test_every_objective_has_small_options_and_a_card(toys):
 
 
 CROPS = ("scale", "global_scale", "local_scale", "ratio")
+FIXED_CROPS = ("voco",)
+"""Objectives whose crops are the cells of a grid, with no range to choose."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +64,7 @@ def test_crops_and_durations_that_cannot_be_are_refused_with_the_name_of_their_o
                 options(**{**toys.small[name], key: value})
             assert {problem["loc"] for problem in error.value.errors()} == {(key,)}
             checked += 1
-    assert checked
+    assert checked or name in FIXED_CROPS
 
 
 @pytest.mark.parametrize("kind", KINDS)
