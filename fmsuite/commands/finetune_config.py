@@ -123,7 +123,7 @@ class ArmOptions(Section):
         task, optim: what differs from the main sections.
     """
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.+-]*$")
     task: dict[str, Any] = Field(default_factory=dict)
     optim: dict[str, Any] = Field(default_factory=dict)
 

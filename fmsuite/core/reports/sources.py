@@ -134,17 +134,23 @@ def check(results: Results, name: str) -> None:
     classes, items = len(results.classes), len(results.items)
     known = {encoder.name for encoder in results.encoders}
     problem = ""
-    if any(not 0 <= item.label < classes for item in results.items):
+    by_class = results.target == "classes"
+    if by_class and any(not 0 <= item.label < classes for item in results.items):
         problem = "an item's label is not one of the classes"
+    if results.target == "findings" and any(len(item.findings) != classes for item in results.items):
+        problem = "an item does not say what is known of each finding"
     for e in results.evaluations:
         where = f"the evaluation of {e.encoder} by {e.method}"
         if e.encoder not in known:
             problem = f"{where} is of an encoder that is not listed"
-        if len(e.confusion) != classes or any(len(row) != classes for row in e.confusion):
-            problem = f"{where} has a confusion matrix of another size than the {classes} classes"
+        rows = classes if by_class else 0
+        if len(e.confusion) != rows or any(len(row) != rows for row in e.confusion):
+            problem = f"{where} has a confusion matrix of another size than the {rows} classes"
         for episode in e.episodes:
             if len(episode.predictions) > items or any(not -1 <= p < classes for p in episode.predictions):
                 problem = f"{where} predicts what is not among the items and classes"
+            if len(episode.answers) > items or any(not 0 <= n < items for n in episode.support or []):
+                problem = f"{where} is about items that are not listed"
     if problem:
         raise UsageError(f"{name}: damaged results ({problem}).", "Make them again.")
 
