@@ -23,6 +23,7 @@ from fmsuite.core.training.progress import console_progress
 from fmsuite.errors import FmsuiteError, UsageError
 
 if TYPE_CHECKING:
+    from fmsuite.core.evaluation.cases import FinetuneResults
     from fmsuite.core.evaluation.results import Results
 
 # Typer brings its own copy of click, or uses the installed one, as its version has it.
@@ -223,6 +224,10 @@ def tile(
 def pack(
     out: Annotated[Path, typer.Option(help="Folder of the packed copy; its index.parquet then stands for --index.")],
     index: Annotated[Path | None, typer.Option(help="The index of `fmsuite tile`.")] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Copy all of each source that its windows cover: windows can then lie anywhere."),
+    ] = False,
     processes: Annotated[int, typer.Option(min=0, help="That read and write, a shard each; 0: this one alone.")] = 0,
     shard_windows: Annotated[
         int | None, typer.Option(min=1, help="Windows in a shard; as many as half a gigabyte holds, if absent.")
@@ -230,11 +235,11 @@ def pack(
     verify: Annotated[bool, typer.Option("--verify", help="Only check the files of a packed copy.")] = False,
     strict: Strict = False,
 ) -> None:
-    """Copy an index's windows into a few large files. Run again after an interruption, it does what is missing."""
+    """Copy an index's windows, or its sources whole, into a few large files. Run again, it does what is missing."""
     from fmsuite.commands import pack as command
 
     if verify:
-        if index is not None or shard_windows is not None or processes or strict:
+        if index is not None or whole or shard_windows is not None or processes or strict:
             raise UsageError("--verify only checks what is in --out.", "Leave out the other options.")
         damaged = command.check(out, console_progress)
         for name, wrong in damaged:
@@ -249,10 +254,17 @@ def pack(
     if index is None:
         raise UsageError("--index is needed: what to pack.")
     result = command.pack(
-        index, out, shard_windows=shard_windows, processes=processes, strict=strict, progress=console_progress
+        index,
+        out,
+        whole=whole,
+        shard_windows=shard_windows,
+        processes=processes,
+        strict=strict,
+        progress=console_progress,
     )
     written, total = result.shards
-    _say(f"{len(result.index)} windows in {total} shards, {written} of them written now: {result.path}")
+    packed = f"{len(result.index.sources)} whole sources" if whole else f"{len(result.index)} windows"
+    _say(f"{packed} in {total} shards, {written} of them written now: {result.path}")
     _finish(result.skipped.summary())
 
 
@@ -500,6 +512,72 @@ def _refuse_without_columns(labels: Path | None, by: str, fractions: str) -> Non
 
 
 @app.command()
+def finetune(
+    task: Annotated[Path, typer.Argument(help="YAML file of the task; docs/finetuning.md says what it holds.")],
+    out: Annotated[Path, typer.Option(help="Folder; an interrupted fine-tuning in it goes on.")],
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Files, folders or one index.parquet, in place of the task's.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Run folder, file or timm:NAME, in place of the task's.")] = None,
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Fine-tune a task from an encoder, beside the same network from scratch, and judge it on held-out cases."""
+    from fmsuite.commands.finetune import finetune as run
+    from fmsuite.core.training.interrupt import warning_ends
+
+    warning_ends()
+    outcome = run(
+        task,
+        out,
+        sources=data or [],
+        encoder=encoder,
+        overrides=overrides or [],
+        strict=strict,
+        progress=console_progress,
+        command=sys.argv,
+    )
+    if outcome.stopped_by is not None:
+        _say(f"Interrupted. The same command goes on in {out}.")
+        raise typer.Exit(128 + outcome.stopped_by)
+    assert outcome.results is not None
+    _show_finetuned(outcome.results)
+    _say(f"Report: {outcome.page}")
+    _say(f"Results: {out / 'results.json'}")
+    _finish(outcome.skipped)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="A run of a fine-tuning: a folder with network.safetensors.")],
+    files: Annotated[list[Path], typer.Argument(help="Files or folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps, or for predictions.csv.")],
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers as well.")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Apply a fine-tuned network: label maps in the files' own space, or a table of answers."""
+    from fmsuite.commands.predict import predict as run
+
+    made = run(
+        model,
+        files,
+        out,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        overrides=overrides or [],
+        strict=strict,
+        progress=console_progress,
+    )
+    for path in made.files:
+        _say(str(path))
+    _finish(made.skipped)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of pretrain, fewshot or bench.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
@@ -564,6 +642,24 @@ def _show_results(results: Results) -> None:
         method = f"{e.method}, shuffled labels" if e.shuffled else e.method
         shots = shots_name(e.shots) if e.fraction is None else f"{e.fraction:.3g} of the groups"
         table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}")
+    out_console.print(table)
+
+
+def _show_finetuned(results: FinetuneResults) -> None:
+    """The primary metric of every arm and fraction, and how far it is above the control, as a table."""
+    from fmsuite.core.evaluation.cases import OVERALL
+
+    metric = results.metrics[results.primary]
+    table = Table("arm", "labels", metric.short, "difference to scratch", box=None, pad_edge=False)
+    for cell in results.cells:
+        numbers = []
+        for scores, sign in ((cell.scores, ""), (cell.differences, "+")):
+            value = scores.get(results.primary, {}).get(OVERALL)
+            interval = (
+                "" if value is None or value.low is None else f" ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+            )
+            numbers.append("" if value is None else f"{value.mean:{sign}.3f}{interval}")
+        table.add_row(escape(cell.arm), f"{cell.fraction:.3g}", *numbers)
     out_console.print(table)
 
 

@@ -29,6 +29,7 @@ from fmsuite.core.data.pairs import Pairs, PairTable, read_pairs
 from fmsuite.core.data.pipeline import IMAGE, ViewPipeline, WindowDataset, collate, plain_views
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.sample import Batch
+from fmsuite.core.data.sampling import RandomWindows, WindowSampler, require_anywhere
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.data.supports import Supports
 from fmsuite.core.encoders import save_encoder
@@ -255,7 +256,8 @@ def _pretrain(
     reader = open_reader(domain, index)
     pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
     partner = None if pairs is None else _partner(pairs.select(rows), objective)
-    dataset = WindowDataset(index, reader, pipeline, config.seed, partner)
+    sampler = _sampler(config, index, reader, domain)
+    dataset = WindowDataset(index, reader, pipeline, config.seed, partner, sampler)
     supports = _supports(config, objective, index, reader, domain)
     if main:
         run.begin(config, whole.hash, command or None, resume, None if pairs is None else pairs.hash)
@@ -412,6 +414,24 @@ def _of_split(whole: SampleIndex, split: str | None) -> tuple[np.ndarray, np.nda
     if not mine.all() and distributed.is_main():
         log.info("Training on %d windows; %d of other splits are held out.", mine.sum(), (~mine).sum())
     return np.flatnonzero(mine), np.flatnonzero(~mine)
+
+
+def _sampler(config: RunConfig, index: SampleIndex, reader: Reader, domain: Domain) -> WindowSampler | None:
+    """What draws the windows anew, if they are to be.
+
+    Raises:
+        UsageError: if the reader can read the index's windows only, or what is paired with them would not fit others.
+    """
+    if config.training.windows == "fixed":
+        return None
+    if find_objective(config.objective).needs_pairs:
+        raise UsageError(
+            f"Objective '{config.objective}' learns from what is paired with the index's windows, so they cannot be "
+            "drawn anew (training.windows=random).",
+            "Use training.windows=fixed.",
+        )
+    require_anywhere(reader)
+    return RandomWindows(index, domain.input_spec(index).size)
 
 
 def _supports(

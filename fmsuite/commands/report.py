@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fmsuite.core.reports.page import render
-from fmsuite.core.reports.sources import Comparison, Run, read_sources
+from fmsuite.core.reports.sources import Source, read_sources
 from fmsuite.errors import FmsuiteError, UsageError
 
 NAME = "report.html"
@@ -31,7 +31,7 @@ def report(folders: Sequence[Path], out: Path, title: str | None = None) -> Path
     """
     if not folders:
         raise UsageError("No folder was named.", "Name at least one run folder or folder of results.")
-    sources: list[Comparison | Run] = []
+    sources: list[Source] = []
     for folder in dict.fromkeys(Path(folder) for folder in folders):
         sources += read_sources(folder)
     page = render(sources, title)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.swin_unetr import SwinUNETR
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.data.sample import View
 from fmsuite.core.inputs import SPATIAL_AXES
@@ -146,7 +147,8 @@ class MapSource(nn.Module):
     """Feature maps of any backbone: layers of a transformer, or a hierarchical one's own maps.
 
     Args:
-        backbone: a transformer on a grid, a ``Hierarchical`` one, or a timm model with feature maps.
+        backbone: a transformer on a grid, a ``Hierarchical`` one, Swin UNETR's encoder, or a timm model with feature
+            maps.
         layers: of a transformer, in this order.
         norm_layers: put these through its final norm, so that all are of one scale.
 
@@ -202,6 +204,13 @@ def is_hierarchical(backbone: Backbone) -> bool:
 def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
     if isinstance(backbone, Hierarchical):
         return backbone.levels
+    if isinstance(backbone, SwinUNETR):
+        # The coarsest map is that of the tokens; each before it has twice the resolution.
+        coarsest, number = patch_stride(backbone.grid), len(backbone.map_widths)
+        return tuple(
+            Level(width, tuple(length / 2 ** (number - 1 - place) for length in coarsest))
+            for place, width in enumerate(backbone.map_widths)
+        )
     if isinstance(backbone, TimmBackbone) and not backbone._is_transformer:
         info = backbone.model.feature_info
         return tuple(Level(entry["num_chs"], (float(entry["reduction"]),) * 2) for entry in info)
@@ -211,5 +220,7 @@ def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
 def _own_maps(backbone: Backbone, view: View) -> tuple[Tensor, ...]:
     if isinstance(backbone, Hierarchical):
         return backbone.maps(view)
+    if isinstance(backbone, SwinUNETR):
+        return backbone(view).maps
     assert isinstance(backbone, TimmBackbone)
     return tuple(backbone.model.forward_intermediates(view.pixels, output_fmt="NCHW", intermediates_only=True))

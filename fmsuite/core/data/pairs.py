@@ -17,7 +17,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from fmsuite.core.data.sample import Array, PairRequest
-from fmsuite.errors import UsageError
+from fmsuite.errors import UsageError, nearest
 
 FILE_NAME = "pairs.parquet"
 
@@ -88,6 +88,38 @@ def read_pairs(path: str | os.PathLike) -> PairTable:
     for number, name in enumerate(values):
         numbers[:, number] = _numbers(path, name, table.column(name), names)
     return PairTable(path, key, names, numbers, tuple(values))
+
+
+def read_targets(path: str | os.PathLike, columns: Sequence[str]) -> PairTable:
+    """Numbers to predict, from a table as ``read_pairs`` reads it.
+
+    Args:
+        columns: which of its columns; an empty cell, and NaN, is NaN: not known.
+
+    Raises:
+        UsageError: as ``read_pairs``; if a column is missing, holds no numbers, infinite ones, or nothing at all.
+    """
+    path = Path(path)
+    table = _read(path)
+    if not table.num_rows:
+        raise UsageError(f"{path}: the table has no lines.", "Give one with a line for each source or group.")
+    key, named = _key_of(path, table.column_names)
+    names = _names(path, named, table.column(named))
+    numbers = np.empty((table.num_rows, len(columns)), dtype=np.float32)
+    for number, name in enumerate(columns):
+        if name not in table.column_names:
+            raise UsageError(f"{path}: there is no column '{name}'.", nearest(name, table.column_names))
+        column = table.column(name)
+        if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            raise UsageError(
+                f"{path}: the column '{name}' holds {column.type}, not numbers.", "Write numbers, or leave cells empty."
+            )
+        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+        if np.isinf(values).any() or np.isnan(values).all():
+            what = "has infinite values" if np.isinf(values).any() else "is empty"
+            raise UsageError(f"{path}: the column '{name}' {what}.", "Correct it, or leave it out.")
+        numbers[:, number] = values
+    return PairTable(path, key, names, numbers, tuple(columns))
 
 
 def _read(path: Path) -> pa.Table:

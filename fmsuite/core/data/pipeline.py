@@ -26,6 +26,7 @@ from fmsuite.core.data.sample import (
     View,
     ViewRequest,
 )
+from fmsuite.core.data.sampling import WindowSampler
 from fmsuite.core.inputs import SPATIAL_AXES, InputSpec
 from fmsuite.core.seeding import derive, generator
 from fmsuite.core.tokens import PatchGrid
@@ -280,6 +281,8 @@ class WindowDataset(Dataset):
         pipeline: cuts its views.
         seed: the run's.
         partner: what is paired with a row, an array of one shape for all rows; ``None`` where nothing is.
+        sampler: draws where a row's window lies, from a stream of its own, keyed by (seed, epoch, index, attempt);
+            ``None`` leaves it where the index says.
     """
 
     def __init__(
@@ -289,12 +292,14 @@ class WindowDataset(Dataset):
         pipeline: ViewPipeline,
         seed: int,
         partner: Callable[[int], Array] | None = None,
+        sampler: WindowSampler | None = None,
     ) -> None:
         self.index = index
         self.reader = reader
         self.pipeline = pipeline
         self.seed = seed
         self.partner = partner
+        self.sampler = sampler
 
     def __len__(self) -> int:
         return len(self.index)
@@ -309,6 +314,9 @@ class WindowDataset(Dataset):
         draw = key
         for attempt in range(1, MAX_REPLACEMENTS + 2):
             window = self.index[draw.index]
+            if self.sampler is not None:
+                stream = generator(self.seed, "window", draw.epoch, draw.index, draw.attempt)
+                window = self.sampler(window, draw.index, stream)
             try:
                 views = self.pipeline(self.reader.read(window), draw)
                 pair = None if self.partner is None else self.partner(draw.index)

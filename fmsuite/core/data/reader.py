@@ -12,7 +12,11 @@ from fmsuite.core.data.sample import ArraySample, Sample
 
 @runtime_checkable
 class Reader(Protocol):
-    """Reads windows. Picklable; keeps its files open in a ``HandleCache``."""
+    """Reads windows. Picklable; keeps its files open in a ``HandleCache``.
+
+    A class that says ``anywhere = True`` reads a window of the index's extent at any place of its grid within the
+    source, and not only the index's own windows (``core.data.sampling``). Without it, windows stay where they are.
+    """
 
     def read(self, window: Window) -> Sample:
         """

@@ -21,12 +21,16 @@ class Scene(ABC):
     Attributes:
         source: as in ``Window.source``.
         size: samples along each of the input's axes.
+        origin, pitch: where sample 0 begins, and how long a sample is, along each of the input's axes in the
+            coordinates of ``Window.position``.
         native_size: samples along each axis of the native grid.
         native_spacing: physical length of a sample of the native grid along each of its axes, in the input's unit.
     """
 
     source: str
     size: tuple[int, ...]
+    origin: tuple[float, ...]
+    pitch: tuple[float, ...]
     native_size: tuple[int, ...]
     native_spacing: tuple[float, ...]
 
@@ -62,6 +66,11 @@ class Scene(ABC):
         Returns:
             The file's path.
         """
+
+    def place(self, samples: Array) -> Array:
+        """Places on the input's grid, (..., D) counted in samples (sample k covers k to k + 1), to the coordinates of
+        ``Window.position``, float64."""
+        return np.asarray(self.origin) + np.asarray(samples) * np.asarray(self.pitch)
 
     def labels_to_native(self, scores: Array) -> Array:
         """(K, *size) float32 to (*native_size) uint8: the class with the highest interpolated score, and class 0 where

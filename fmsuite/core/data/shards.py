@@ -34,13 +34,25 @@ _CHECKSUM = 4
 
 def create_array(folder: Path, rows: int, per_shard: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """The description of an array of ``rows`` windows of one shape, whose shards lie at ``shard_file``."""
+    _describe(folder, (rows, *shape), (1, *shape), (per_shard, *shape), dtype)
+
+
+def create_grid(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> None:
+    """The description of an array in chunks of any shape, all in the one shard at ``shard_file(folder, 0, ...)``."""
+    shard = tuple(-(-length // edge) * edge for length, edge in zip(shape, chunk, strict=True))
+    _describe(folder, shape, chunk, shard, dtype)
+
+
+def _describe(
+    folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...], shard: tuple[int, ...], dtype: np.dtype
+) -> None:
     shuffle: Literal["noshuffle", "shuffle"] = "noshuffle" if dtype.itemsize == 1 else "shuffle"
     zarr.create_array(
         str(folder),
-        shape=(rows, *shape),
+        shape=shape,
         dtype=dtype,
-        chunks=(1, *shape),
-        shards=(per_shard, *shape),
+        chunks=chunk,
+        shards=shard,
         compressors=[BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=1, shuffle=shuffle), Crc32cCodec()],
     )
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fmsuite.core.data.skipped import Skipped
+from fmsuite.core.evaluation.results import Facts
 from fmsuite.core.reports.charts import Cloud, feature_map, swatch
 from fmsuite.core.reports.exhibits import Evidence, FeatureMap, Neighbours, Picture
 from fmsuite.core.reports.wording import decimal, method_name
+from fmsuite.core.training.progress import format_seconds
 
 FIRST_SKIPPED = 12
 _MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
@@ -153,3 +156,19 @@ def evidence_block(shown: Evidence, album: Album) -> EvidenceBlock:
 def skipped_list(entries: Sequence[Skipped]) -> SkippedList:
     stages = Counter(entry.stage for entry in entries)
     return SkippedList(len(entries), stages.most_common(), list(entries[:FIRST_SKIPPED]))
+
+
+def repeat_of(facts: Facts) -> Repeat:
+    return Repeat(
+        [(shlex.join(facts.command), "")],
+        [
+            ("seed", str(facts.seed)),
+            ("hash of the index", facts.index_hash),
+            ("started", facts.started),
+            ("took", format_seconds(facts.seconds)),
+            ("Python", facts.python),
+            ("platform", facts.platform),
+        ],
+        sorted(facts.versions.items()),
+        list(facts.inputs.items()),
+    )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fmsuite.core.reports.svg import Axis, Plot, drawing, mark_class, mark_path, path, short, spread, tag, text
+from fmsuite.core.reports.svg import Axis, Plot, digits, drawing, mark_class, mark_path, path, short, spread, tag, text
 
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, TOP, BOTTOM = 48.0, 34.0, 46.0
@@ -47,18 +47,26 @@ class Curve:
 
 
 def shot_curves(
-    key: str, curves: Sequence[Curve], *, title: str, y_label: str, x_label: str, chance: float | None = None
+    key: str,
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    y_label: str,
+    x_label: str,
+    chance: float | None = None,
+    written: Callable[[float], str] = digits,
 ) -> str:
-    """A metric against the number of labelled items, which is on a doubling scale.
+    """A metric against the number, or share, of labelled items, which is on a doubling scale.
 
     All curves with shuffled labels share one name, ``SHUFFLED``, at the mean of their ends: they should lie together.
 
     Args:
         key: unique on the page.
         chance: where a line marks what guessing gives.
+        written: how a number of items is written.
     """
     shown = [value for curve in curves for value in (*curve.y, *(end for _, *ends in curve.band for end in ends))]
-    x = Axis.doubling(x_label, (int(value) for curve in curves for value in curve.x))
+    x = Axis.doubling(x_label, (value for curve in curves for value in curve.x), written)
     y = Axis.linear(y_label, shown if chance is None else [*shown, chance])
     named = [curve for curve in curves if curve.look != "shuffled"]
     shuffled = [(place, value) for *_, place, value in _ends([c for c in curves if c.look == "shuffled"])]
@@ -79,7 +87,7 @@ def shot_curves(
     if chance is not None:
         ends.append(("chance", "chance", 0, plot.at(x.high, chance)))
     parts.append(_labels(plot, ends))
-    said = [f"{curve.name}: {_listed(curve)}." for curve in curves]
+    said = [f"{curve.name}: {_listed(curve, written)}." for curve in curves]
     if chance is not None:
         said.append(f"Chance is {chance:.3f}.")
     return drawing(key, WIDTH, height, title, f"{y_label} against {x_label}. {' '.join(said)}", "".join(parts))
@@ -236,12 +244,12 @@ def _labels(plot: Plot, ends: Sequence[tuple[str, str, int, tuple[float, float]]
     return "".join(parts)
 
 
-def _listed(curve: Curve) -> str:
+def _listed(curve: Curve, written: Callable[[float], str]) -> str:
     bounds = {x: (low, high) for x, low, high in curve.band}
     said = []
     for x, y in zip(curve.x, curve.y, strict=True):
         interval = f" ({bounds[x][0]:.3f} to {bounds[x][1]:.3f})" if x in bounds else ""
-        said.append(f"{y:.3f}{interval} at {x:g}")
+        said.append(f"{y:.3f}{interval} at {written(x)}")
     return ", ".join(said)
 
 

@@ -12,21 +12,25 @@ from fmsuite import __version__
 from fmsuite.core.reports.charts import swatch
 from fmsuite.core.reports.runs import RunSection, run_section
 from fmsuite.core.reports.sections import ComparisonSection, comparison_section
-from fmsuite.core.reports.sources import Comparison, Run
+from fmsuite.core.reports.sources import Comparison, Source
 from fmsuite.core.reports.svg import plain
+from fmsuite.core.reports.tuned import Tuned
+from fmsuite.core.reports.tuned_section import TunedSection, tuned_section
 from fmsuite.core.reports.wording import plural
 from fmsuite.errors import UsageError
+
+Section = ComparisonSection | TunedSection | RunSection
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(sources: Sequence[Comparison | Run], title: str | None = None) -> str:
+def render(sources: Sequence[Source], title: str | None = None) -> str:
     """The page, of which the same sources make the same text.
 
     Every value is escaped; characters that a page cannot hold are replaced.
 
     Args:
-        title: heading of the page; that of the first results, or run, if not given.
+        title: heading of the page; that of the first section if not given.
 
     Raises:
         UsageError: if there is nothing to show, or jinja2 is not installed.
@@ -36,20 +40,24 @@ def render(sources: Sequence[Comparison | Run], title: str | None = None) -> str
     environment = _environment()
     keys = (f"chart-{number}" for number in itertools.count(1))
     comparisons: list[ComparisonSection] = []
+    tuned: list[TunedSection] = []
     runs: list[RunSection] = []
     for source in sources:
         if isinstance(source, Comparison):
             comparisons.append(comparison_section(source, f"results-{len(comparisons) + 1}", keys))
+        elif isinstance(source, Tuned):
+            tuned.append(tuned_section(source, f"tuned-{len(tuned) + 1}", keys))
         else:
             runs.append(run_section(source, f"run-{len(runs) + 1}", keys))
-    heading = comparisons[0].title if comparisons else runs[0].title
-    _tell_apart([*comparisons, *runs])
+    sections: list[Section] = [*tuned, *comparisons, *runs]
+    heading = sections[0].title
+    _tell_apart(sections)
     return environment.get_template("page.html").render(
-        title=title or heading, comparisons=comparisons, runs=runs, version=__version__
+        title=title or heading, tuned=tuned, comparisons=comparisons, runs=runs, version=__version__
     )
 
 
-def _tell_apart(sections: Sequence[ComparisonSection | RunSection]) -> None:
+def _tell_apart(sections: Sequence[Section]) -> None:
     """Give sections of equal titles their folders' names."""
     titles = Counter(section.title for section in sections)
     for section in sections:

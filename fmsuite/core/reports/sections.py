@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from fmsuite.core.reports.blocks import (
     evidence_block,
     map_figure,
     neighbour_row,
+    repeat_of,
     skipped_list,
 )
 from fmsuite.core.reports.charts import Curve, Look, shot_curves
@@ -51,7 +51,6 @@ from fmsuite.core.reports.wording import (
     shots_name,
     supervision,
 )
-from fmsuite.core.training.progress import format_seconds
 
 
 @dataclass
@@ -130,7 +129,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         neighbours=neighbours,
         evidence=evidence,
         skipped=skipped_list(source.skipped),
-        repeat=_repeat(results),
+        repeat=repeat_of(results.facts),
         notes=_notes(source, album.notes),
     )
 
@@ -175,23 +174,6 @@ def _curves(results: Results, marks: dict[str, int], keys: Iterator[str]) -> lis
             )
             figures.append(Figure(svg, heading=method_name(method)))
     return figures
-
-
-def _repeat(results: Results) -> Repeat:
-    facts = results.facts
-    return Repeat(
-        [(shlex.join(facts.command), "")],
-        [
-            ("seed", str(facts.seed)),
-            ("hash of the index", facts.index_hash),
-            ("started", facts.started),
-            ("took", format_seconds(facts.seconds)),
-            ("Python", facts.python),
-            ("platform", facts.platform),
-        ],
-        sorted(facts.versions.items()),
-        list(facts.inputs.items()),
-    )
 
 
 def _notes(source: Comparison, more: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import yaml
 
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
-from fmsuite.core.data.skipped import Skipped, SkippedLog
+from fmsuite.core.data.skipped import Skipped
 from fmsuite.core.evaluation.results import RESULTS, Results
 from fmsuite.core.reports.exhibits import EXHIBITS, Exhibits
 from fmsuite.core.reports.exhibits import FORMAT as EXHIBITS_FORMAT
+from fmsuite.core.reports.files import json_object, skipped_lines
+from fmsuite.core.reports.tuned import Tuned, is_tuned, read_tuned
 from fmsuite.core.training.metrics import read_metrics
 from fmsuite.core.training.run_folder import RunFolder
 from fmsuite.errors import UsageError
@@ -62,7 +63,10 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-def read_sources(folder: Path) -> list[Comparison | Run]:
+Source = Comparison | Tuned | Run
+
+
+def read_sources(folder: Path) -> list[Source]:
     """What a folder holds: results, a run, or both.
 
     Raises:
@@ -70,9 +74,9 @@ def read_sources(folder: Path) -> list[Comparison | Run]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder.", "Name run folders and folders of results.")
-    found: list[Comparison | Run] = []
+    found: list[Source] = []
     if (folder / RESULTS).exists():
-        found.append(_comparison(folder))
+        found.append(read_tuned(folder) if is_tuned(folder / RESULTS) else _comparison(folder))
     run = RunFolder(folder)
     if run.facts_path.exists() or run.metrics_path.exists():
         found.append(_run(run))
@@ -81,7 +85,7 @@ def read_sources(folder: Path) -> list[Comparison | Run]:
         hint = (
             f"Name the folders in it that do: {' '.join(map(str, dict.fromkeys(inside)))}."
             if inside
-            else "Name a run folder of 'fmsuite pretrain', or a folder that 'fmsuite bench' or 'fmsuite fewshot' wrote."
+            else "Name a run folder of 'fmsuite pretrain', or a folder of 'fmsuite bench', 'fewshot' or 'finetune'."
         )
         raise UsageError(
             f"{folder}: holds neither results nor a run (looked for {RESULTS}, run.json and metrics.jsonl).", hint
@@ -96,7 +100,7 @@ def _comparison(folder: Path) -> Comparison:
     exhibits, pictures = Exhibits(), dict[str, bytes]()
     path = folder / EXHIBITS
     if path.exists():
-        raw = _json(path)
+        raw = json_object(path)
         try:
             if raw.get("format", EXHIBITS_FORMAT) > EXHIBITS_FORMAT:
                 raise UsageError(f"{path}: exhibits of a newer fmsuite.", "Upgrade fmsuite to read them.")
@@ -113,7 +117,9 @@ def _comparison(folder: Path) -> Comparison:
                 notes.append(f"A picture is missing ({picture.alt}): {error.message}")
     else:
         notes.append(f"There is no {EXHIBITS} in {folder}, so no feature map, neighbours or evidence can be shown.")
-    return Comparison(str(folder), results, exhibits, pictures, _skipped(folder / SKIPPED), list(dict.fromkeys(notes)))
+    return Comparison(
+        str(folder), results, exhibits, pictures, skipped_lines(folder / SKIPPED), list(dict.fromkeys(notes))
+    )
 
 
 def check(results: Results, name: str) -> None:
@@ -172,7 +178,7 @@ def _run(run: RunFolder) -> Run:
     if not run.facts_path.exists():
         notes.append(f"{run.facts_path} is missing, so nothing says how to repeat the run.")
     encoder_path = run.path / ENCODER
-    encoder = _json(encoder_path) if encoder_path.exists() else {}
+    encoder = json_object(encoder_path) if encoder_path.exists() else {}
     if not encoder:
         notes.append(f"There is no {ENCODER}: the run has not reached its end.")
     views = run.views_path.read_bytes() if run.views_path.is_file() else None
@@ -181,22 +187,5 @@ def _run(run: RunFolder) -> Run:
     facts = run.facts()
     if not isinstance(facts, dict) or not isinstance(config, dict):
         raise UsageError(f"{run.path}: run.json or config.yaml is not a mapping.", "Restore or remove it.")
-    skipped = _skipped(run.skipped_path)
+    skipped = skipped_lines(run.skipped_path)
     return Run(str(run.path), facts, config, text, metrics, encoder, views, skipped, notes)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON ({error}).", "Restore it, or make it again.") from error
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path}: not a JSON object.", "Restore it, or make it again.")
-    return raw
-
-
-def _skipped(path: Path) -> list[Skipped]:
-    try:
-        return SkippedLog(path).entries if path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}).", "Restore or remove it.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -53,6 +53,11 @@ def short(name: str, most: int) -> str:
     return f"{name[: most - 1 - tail]}…{name[len(name) - tail :]}"
 
 
+def digits(value: float) -> str:
+    """Without decimals where it is whole."""
+    return f"{value:.0f}" if value == round(value) else f"{value:g}"
+
+
 @dataclass(frozen=True)
 class Axis:
     """One direction of a chart.
@@ -82,11 +87,14 @@ class Axis:
         return cls(label, places[0], places[-1], tuple((place, tick_text(place, step)) for place in places))
 
     @classmethod
-    def doubling(cls, label: str, values: Iterable[int]) -> Axis:
-        """A tick at each of the values (all above 0), equal ratios at equal lengths."""
-        places = sorted(set(values))
-        ticks = tuple((float(place), str(place)) for place in places)
-        return cls(label, float(places[0]), float(places[-1]), ticks, log2=True)
+    def doubling(cls, label: str, values: Iterable[float], written: Callable[[float], str] = digits) -> Axis:
+        """A tick at each of the values (all above 0), equal ratios at equal lengths.
+
+        Args:
+            written: what stands at a tick.
+        """
+        places = sorted(set(map(float, values)))
+        return cls(label, places[0], places[-1], tuple((place, written(place)) for place in places), log2=True)
 
     def share(self, value: float) -> float:
         """Where it lies, 0 at ``low`` and 1 at ``high``; 0.5 where both are the same."""

@@ -80,6 +80,8 @@ class TrainingConfig(Section):
         batch_size: samples in one optimiser step over all ranks and micro-batches.
         accumulate: micro-batches in one step, whose result is the whole batch's where samples do not know each other;
             statistics of a batch (negatives, Sinkhorn, KoLeo, batch normalisation) are a micro-batch's.
+        windows: ``fixed`` reads the index's windows where they lie. ``random`` draws anew, for every sample, where its
+            window lies within the box around all windows of the same source.
         split: train on the windows of this split and on those without one; the others are held out, and the monitor
             looks at them. ``null`` trains on all.
         strategy: how processes share the model: each holds all of it (``ddp``) or a part (``fsdp2``); ``auto`` is ddp
@@ -100,6 +102,7 @@ class TrainingConfig(Section):
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=64, ge=1)
     accumulate: int = Field(default=1, ge=1)
+    windows: Literal["fixed", "random"] = "fixed"
     split: str | None = "train"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fmsuite.core.seeding import generator
-from fmsuite.domains.medical.volumes import require
+from fmsuite.domains.medical.formats.base import require
 
 PATIENTS = 48
 SCANS = 2

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.medical.geometry import nearest
 from fmsuite.domains.medical.intensity import Intensity
+from fmsuite.domains.medical.maps import read_map
 from fmsuite.domains.medical.volumes import Volume, load_volume
 from fmsuite.domains.medical.windows import to_resampled
 from fmsuite.errors import ReadFailure
@@ -25,11 +28,15 @@ class VolumeReader:
     Args:
         spacing: (z, y, x) millimetres, or ``None`` for each volume's own.
         channels: volumes that each file holds.
-        assume_orientation: see ``volumes.check_header``.
+        assume_orientation: see ``volumes.read_stored``.
         fill: value of voxels that are invalid: outside the volume, or not finite in the file.
         intensities: by source, for MR; ``None`` leaves values as they are.
         cached: volumes to keep.
+        maps: templates of label maps by name, see ``maps.map_path``.
+        series: slices of the sources that are DICOM series, see ``volumes.read_stored``.
     """
+
+    anywhere: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -39,6 +46,8 @@ class VolumeReader:
         fill: float,
         intensities: Mapping[str, Intensity] | None,
         cached: int,
+        maps: Mapping[str, str] | None = None,
+        series: Mapping[str, Sequence[tuple[str, int | None]]] | None = None,
     ) -> None:
         self.fill = fill
         opener = partial(
@@ -48,6 +57,8 @@ class VolumeReader:
             assume_orientation=assume_orientation,
             fill=fill,
             intensities=intensities,
+            maps=dict(maps or {}),
+            series=dict(series or {}),
         )
         self._volumes: HandleCache[Volume] = HandleCache(opener, _forget, limit=cached)
 
@@ -70,21 +81,41 @@ class VolumeReader:
             raise ReadFailure(
                 window.source, "read", "a window lies outside the volume: the file has changed.", "Tile again."
             )
-        source = (slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))
-        values = volume.values[source]
-        valid = None if volume.valid is None else volume.valid[source]
-        if (high - low < size).any():
-            target = (slice(None), *(slice(a, b) for a, b in zip(low - start, high - start, strict=True)))
-            padded = np.full((len(values), *size), self.fill, dtype=np.float32)
-            padded[target] = values
-            inside = np.zeros((1, *size), dtype=bool)
-            inside[target] = True if valid is None else valid
-            values, valid = padded, inside
-        if valid is not None and not valid.any():
+        sample = cut(volume, start, size, self.fill)
+        if sample.valid is not None and not sample.valid.any():
             raise ReadFailure(window.source, "read", "a window without a finite voxel.", "It is left out.")
-        return ArraySample(
-            values.copy(), None if valid is None or valid.all() else valid.copy(), spacing=volume.spacing
-        )
+        return sample
+
+
+def cut(volume: Volume, start: np.ndarray, size: np.ndarray, fill: float) -> ArraySample:
+    """A box of a resampled volume, copied. What it reaches beyond the volume is invalid, and 0 in label maps.
+
+    Args:
+        start, size: (3,) voxels along (z, y, x); a part of the box lies inside the volume.
+        fill: value beyond the volume.
+    """
+    low = np.maximum(start, 0)
+    high = np.minimum(start + size, volume.shape)
+    source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    valid = None if volume.valid is None else volume.valid[(slice(None), *source)]
+    values = volume.values[(slice(None), *source)]
+    maps = {name: labels[source] for name, labels in volume.maps.items()}
+    if (high - low < size).any():
+        target = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+        padded = np.full((len(values), *size), fill, dtype=np.float32)
+        padded[(slice(None), *target)] = values
+        inside = np.zeros((1, *size), dtype=bool)
+        inside[(slice(None), *target)] = True if valid is None else valid
+        values, valid = padded, inside
+        for name, labels in maps.items():
+            maps[name] = np.zeros(tuple(size), dtype=labels.dtype)
+            maps[name][target] = labels
+    return ArraySample(
+        values.copy(),
+        None if valid is None or valid.all() else valid.copy(),
+        spacing=volume.spacing,
+        maps={name: labels.copy() for name, labels in maps.items()},
+    )
 
 
 def voxel_box(window: Window, volume: Volume) -> tuple[np.ndarray, np.ndarray]:
@@ -101,8 +132,12 @@ def _open(
     assume_orientation: bool,
     fill: float,
     intensities: Mapping[str, Intensity] | None,
+    maps: Mapping[str, str],
+    series: Mapping[str, Sequence[tuple[str, int | None]]],
 ) -> Volume:
-    volume = load_volume(path, spacing, channels, assume_orientation)
+    volume = load_volume(path, spacing, channels, assume_orientation, series.get(path))
+    for name, template in maps.items():
+        volume.maps[name] = nearest(read_map(path, volume.native, name, template), volume.ratio, volume.shape)
     if intensities is not None:
         if path not in intensities:
             raise ReadFailure(path, "metadata", "the index holds no intensities for this volume.", "Tile again.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -295,6 +296,8 @@ class SlideReader:
         size: (height, width) of what comes out.
         limit: files kept open in each process.
     """
+
+    anywhere: ClassVar[bool] = True
 
     def __init__(self, size: tuple[int, int], limit: int = 8) -> None:
         self.size = size

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class RasterReader:
         spaced: report each sample's spacing in metres; only where every source of the index has one.
         series: source to its dates; empty for single dates.
     """
+
+    anywhere: ClassVar[bool] = True
 
     options: RemoteSensingOptions
     bands: tuple[str, ...]

@@ -14,6 +14,7 @@ from fmsuite.core.evaluation.results import Results
 from fmsuite.core.reports.page import render
 from fmsuite.core.reports.sources import read_sources
 from tests.core.reports.factory import bench_results, few_shot_results, write_comparison, write_run
+from tests.core.reports.tuned_factory import write_finetune
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the path")
@@ -63,8 +64,9 @@ def test_a_page_is_silent_and_never_wider_than_the_screen(tmp_path: Path) -> Non
     few = write_comparison(tmp_path / "few", long_names(few_shot_results()))
     bench = write_comparison(tmp_path / "bench", bench_results())
     run = write_run(tmp_path / "run", 200, collapse=[100])
+    tuned = write_finetune(tmp_path / "tuned")
     page = tmp_path / "report.html"
-    page.write_text(render([source for folder in (few, bench, run) for source in read_sources(folder)]), "utf-8")
+    page.write_text(render([source for folder in (few, bench, run, tuned) for source in read_sources(folder)]), "utf-8")
 
     seen, console = opened(page, tmp_path / "profile")
 

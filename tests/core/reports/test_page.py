@@ -297,7 +297,7 @@ def test_dark_pages_have_every_colour_that_light_ones_have(mixed: str) -> None:
     light, dark = (set(re.findall(r"(--[\w-]+):", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S))
 
     assert light == dark
-    assert set(re.findall(r"var\((--[\w-]+)\)", style)) <= light | {"--c", "--s"}
+    assert set(re.findall(r"var\((--[\w-]+)\)", style)) <= light | {"--c", "--s", "--l"}
     assert "prefers-color-scheme: dark" in style
     assert "@media print" in style
 

@@ -22,7 +22,7 @@ from fmsuite.domains.base import load_domain
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
 from fmsuite.domains.medical.intensity import Intensity
 from fmsuite.domains.medical.volumes import load_volume
-from fmsuite.domains.medical.windows import to_own, to_resampled, windows_over
+from fmsuite.domains.medical.windows import bounding_box, resampled_box, to_own, to_resampled, windows_over
 from fmsuite.errors import UsageError
 
 
@@ -241,7 +241,9 @@ def test_windows_cover_the_foreground_and_stay_inside_where_they_fit(shape, rati
     mask = np.zeros(own, dtype=bool)
     low = [random.integers(0, n) for n in own]
     mask[tuple(slice(a, a + max(1, int(share * n))) for a, n in zip(low, own))] = True
-    corners, content = windows_over(mask, ratio, shape, size, size)
+    corners, content = windows_over(
+        mask, ratio, shape, resampled_box(bounding_box(mask), (1, 1, 1), ratio, shape, 0.0), size, size
+    )
     starts = to_resampled(corners, np.asarray(ratio))
     np.testing.assert_allclose(to_own(starts, np.asarray(ratio)), corners, atol=1e-6)
     assert ((content >= 0) & (content <= 1 + 1e-9)).all()

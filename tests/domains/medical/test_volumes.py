@@ -81,6 +81,7 @@ def test_an_oblique_volume_is_resampled_along_its_own_axes(save, gridded) -> Non
     oblique = affine.copy()
     oblique[:3] = turn @ affine[:3]
     volume = load_volume(str(save("a.nii", values, oblique)), (1.0, 1.0, 1.0), 1, False)
+    assert volume.affine[:3, 3] == pytest.approx(oblique[:3, 3], abs=1e-5), "voxel 0 stays where it is"
     back = world_positions(volume) @ turn
     inner = (slice(1, -1),) * 3
     np.testing.assert_allclose(volume.values[0][inner], ramp(back)[inner], atol=0.05)
