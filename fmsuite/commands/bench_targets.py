@@ -193,7 +193,8 @@ def _said_of_shares(items: TargetItems, shares: dict) -> list[str]:
     if not shares:
         return []
     counts = [
-        f"{share:.3g} of them is {len(items.groups[drawn[0]].unique())}" for share, drawn in sorted(shares.items())
+        f"{share:.3%} are {len(items.groups[drawn[0]].unique())}".replace(".000%", "%")
+        for share, drawn in sorted(shares.items())
     ]
     total = len(items.groups[items.split.train].unique())
     return [
