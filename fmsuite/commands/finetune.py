@@ -20,12 +20,12 @@ from fmsuite.commands.finetune_judge import judge_scenes, judge_windows
 from fmsuite.commands.finetune_results import collect_results
 from fmsuite.commands.finetune_runs import Points, RunPlan, Setup, foreground_points, train_run
 from fmsuite.commands.report import report
-from fmsuite.commands.setup import open_domain, open_index, parts_of
+from fmsuite.commands.setup import open_domain, open_index, options_of_encoders, parts_of
 from fmsuite.core import distributed
 from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
-from fmsuite.core.encoders import load_encoder
+from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
 from fmsuite.core.evaluation.results import RESULTS
 from fmsuite.core.lock import WriterLock
@@ -169,19 +169,26 @@ def set_up(
         UsageError: if the data are not the encoder's input, or cannot be learned from.
     """
     opened = load_encoder(config.encoder)
-    domain, index = _index(config, out, skipped, progress)
+    domain, index = index_of(config, opened, out, skipped, progress)
     opened.check_input(domain.input_spec(index))
     table = None if config.targets is None else Path(config.targets)
     data = collect(config, domain, index, skipped, table)
     return Setup(config, data, opened, out, skipped, progress, command, {}), index
 
 
-def _index(config: FinetuneConfig, out: Path, skipped: SkippedLog, progress: Progress) -> tuple[Domain, SampleIndex]:
-    domain = open_domain(config.domain, config.data_options())
+def index_of(
+    config: FinetuneConfig, encoder: Encoder, out: Path, skipped: SkippedLog, progress: Progress = no_progress
+) -> tuple[Domain, SampleIndex]:
+    """The folder's index, made if it is not there: files are read as those of the encoder's training were, but for what
+    the configuration says."""
+    paths = config.paths
+    # An index says itself how its windows are read.
+    followed = {} if any(path.suffix == ".parquet" for path in paths) else options_of_encoders(config.domain, [encoder])
+    domain = open_domain(config.domain, config.data_options(followed))
     path = out / INDEX
     if not path.exists():
         parts = parts_of(path)
-        _, index = open_index(domain, config.paths, skipped, progress, set(config.data), parts=parts, processes=None)
+        _, index = open_index(domain, paths, skipped, progress, set(config.data), parts=parts, processes=None)
         index.write(path)
         discard_parts(parts)
         log.info("%d windows from %d sources.", len(index), len(index.sources))

@@ -173,8 +173,9 @@ class FinetuneConfig(Section):
     def _tune(self) -> str:
         return str(self.task.get("tune", "full"))
 
-    def data_options(self) -> DomainOptions:
-        return validate(load_domain(self.domain).Options, self.data, "data", "task")
+    def data_options(self, defaults: Mapping[str, Any] | None = None) -> DomainOptions:
+        """The domain's options, with other defaults than its own where some are given."""
+        return validate(load_domain(self.domain).Options, {**(defaults or {}), **self.data}, "data", "task")
 
     def arm_task(self, arm: ArmOptions, **fixed: Any) -> TaskConfig:
         """The task's options under an arm.
