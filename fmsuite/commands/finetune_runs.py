@@ -211,7 +211,6 @@ def train_run(setup: Setup, plan: RunPlan) -> signal.Signals | None:
         "windows": len(index),
         "steps": result.step,
         "seconds": round(time.monotonic() - began, 1),
-        "trained": [sum(p.numel() for p in task.parameters() if p.requires_grad)],
     }
     with result.strategy.whole() as whole:
         assert isinstance(whole, Task)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -172,13 +174,21 @@ def test_from_scratch_differs_in_the_backbones_weights_alone(place: Path, tmp_pa
 def test_a_stopped_fine_tuning_goes_on(
     place: Path, whole: FinetuneResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """First by Ctrl-C in the first run, then between a run and its judgement."""
     task, judge = write_task(place), command._judge
+
+    def pressed(items, total, title):
+        for item in items:
+            if "training" in title:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
 
     def stopped(setup, plan):
         if plan.arm.name == "scratch":
             raise KeyboardInterrupt
         return judge(setup, plan)
 
+    assert command.finetune(task, tmp_path, progress=pressed).stopped_by == signal.SIGINT
     with monkeypatch.context() as patched:
         patched.setattr(command, "_judge", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -188,9 +198,8 @@ def test_a_stopped_fine_tuning_goes_on(
     assert outcome.results is not None
     assert [run.scores for run in outcome.results.runs] == [run.scores for run in whole.runs]
     assert outcome.results.cells == whole.cells
-    for run in whole.runs:
-        facts = json.loads((tmp_path / run.folder / "run.json").read_text())
-        assert len(facts["starts"]) == 1
+    starts = [len(json.loads((tmp_path / run.folder / "run.json").read_text())["starts"]) for run in whole.runs]
+    assert starts == [2, 1, 1, 1]
     with pytest.raises(Exception, match="begun with another optim"):
         command.finetune(task, tmp_path, overrides=["optim.lr=0.1"])
 
