@@ -14,11 +14,13 @@ import yaml
 from pydantic import ValidationError
 
 from fmsuite.commands.comparison import Start
-from fmsuite.commands.finetune_config import SCRATCH, ArmOptions, FinetuneConfig, read_finetune
+from fmsuite.commands.finetune_config import SCRATCH, ArmOptions, FinetuneConfig
 from fmsuite.commands.finetune_data import collect
+from fmsuite.commands.finetune_file import read_finetune
 from fmsuite.commands.finetune_judge import judge_scenes, judge_windows
+from fmsuite.commands.finetune_points import Points, foreground_points, read_points, write_points
 from fmsuite.commands.finetune_results import collect_results
-from fmsuite.commands.finetune_runs import Points, RunPlan, Setup, foreground_points, train_run
+from fmsuite.commands.finetune_runs import RunPlan, Setup, train_run
 from fmsuite.commands.report import report
 from fmsuite.commands.setup import open_domain, open_index, options_of_encoders, parts_of
 from fmsuite.core import distributed
@@ -42,6 +44,7 @@ TASK = "task.yaml"
 INDEX = "index.parquet"
 JUDGED = "judged.json"
 PREDICTIONS = "predictions"
+POINTS = "points.npz"
 FREE = ("arms", "few")
 """Of the configuration, what may change when the command is given again: further arms, fractions and seeds."""
 
@@ -79,7 +82,7 @@ def finetune(
     and a report. What an earlier start of the same command has finished is not done again.
 
     Args:
-        task: a YAML file; see ``finetune_config``.
+        task: a YAML file; see ``finetune_file``.
         sources, encoder: in place of those of the file.
 
     Raises:
@@ -217,23 +220,28 @@ def _arm(setup: Setup, arm: ArmOptions) -> Arm:
 
 
 def _points(setup: Setup) -> Points:
-    """Where windows of foreground may be centred, of all sources that are ever trained on; looked for once."""
+    """Where windows of foreground may be centred, of all sources that are ever trained on; looked for once, and on GPUs
+    also if no window is, since label maps are checked by it and later nobody could afford to."""
     config, data = setup.config, setup.data
-    if not config.training.foreground:
+    on_gpu = choose_device(config.training.device).type != "cpu"
+    if config.label_map is None or not (config.training.foreground or on_gpu):
         return {}
-    assert config.label_map is not None
+    path = setup.out / POINTS
+    if path.exists():
+        return read_points(path)
     train = {group for fold in data.folds for group in fold.train}
-    sources = [case.sources[0] for case in data.cases if case.group in train]
-    return foreground_points(
+    found = foreground_points(
         data.domain,
         lambda source: data.domain.scene(data.index, source),
-        sources,
+        [case.sources[0] for case in data.cases if case.group in train],
         config.label_map,
         len(data.classes),
         derive(config.seed, "points"),
         setup.skipped,
         setup.progress,
     )
+    write_points(path, found)
+    return found
 
 
 def _judged(out: Path, plan: RunPlan) -> TunedRun | None:

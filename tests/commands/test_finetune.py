@@ -17,7 +17,8 @@ nibabel = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
 from fmsuite.commands import finetune as command  # noqa: E402
-from fmsuite.commands.finetune_config import read_finetune  # noqa: E402
+from fmsuite.commands.finetune_file import read_finetune  # noqa: E402
+from fmsuite.commands.finetune_points import read_points  # noqa: E402
 from fmsuite.core.adaptation.network_files import load_network  # noqa: E402
 from fmsuite.core.backbones.build import build_backbone  # noqa: E402
 from fmsuite.core.backbones.config import ModelConfig  # noqa: E402
@@ -152,6 +153,21 @@ def test_cases_are_judged_on_the_files_own_grids(place: Path, whole: FinetuneRes
     rows = list(csv.DictReader((place / "whole" / "cases.csv").open()))
     assert len(rows) == sum(len(run.cases) for run in whole.runs)
     assert float(rows[0]["dice/low"]) == whole.runs[0].scores["dice"][0][0]
+
+
+def test_points_lie_on_their_labels(place: Path, whole: FinetuneResults):
+    """In the coordinates of windows: voxels along (z, y, x) of the volume turned to RAS."""
+    points = read_points(place / "whole" / "points.npz")
+    train = {group for run in whole.runs for group in run.groups}
+    assert {Path(source).name for source in points} == {case.id for case in whole.cases if case.group in train}
+    for source, classes in points.items():
+        image = nibabel.as_closest_canonical(nibabel.load(place / "labels" / Path(source).name))
+        labels = np.asarray(image.dataobj).transpose(2, 1, 0)
+        assert sorted(classes) == [1, 2]
+        for label, places in classes.items():
+            assert (labels[tuple(np.floor(places).astype(int).T)] == label).all()
+            if image.affine[2, 2] == 1.0:
+                assert len(places) == (labels == label).sum()
 
 
 def test_from_scratch_differs_in_the_backbones_weights_alone(place: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from fmsuite.commands.finetune import finetune
-from fmsuite.commands.finetune_config import TASK_FILES, read_finetune
+from fmsuite.commands.finetune_file import TASK_FILES, read_finetune
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.encoders import save_encoder
