@@ -136,7 +136,7 @@ FAULTS: dict[str, tuple[Callable[..., Path], str]] = {
     "infinite only": (lambda save: save("bad.nii", np.full((16, 16, 16), np.inf, np.float32)), "no voxel is a finite"),
     "all zero": (lambda save: save("bad.nii", np.zeros((16, 16, 16), np.int16)), "every voxel has the value 0"),
     "overflow on rescaling": (overflowing, "overflow when rescaled"),
-    "rescaled by infinity": (rescaled_by_infinity, "WHAT"),
+    "rescaled by infinity": (rescaled_by_infinity, "the header cannot be read (Valid slope but invalid intercept"),
     "zero spacing": (zero_spacing, "voxels of 0 x"),
     "absurd spacing": (with_affine(1, 1, 4000), "voxels of 1 x 1 x 4000 mm"),
     "tiny spacing": (with_affine(1e-4, 1, 1), "voxels of 0.0001"),

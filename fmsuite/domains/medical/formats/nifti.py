@@ -87,9 +87,9 @@ def check_header(path: str, channels: int, assume_orientation: bool) -> None:
         length_unit = header.get_xyzt_units()[0]
     except FileNotFoundError as error:
         raise ReadFailure(path, "open", "the file does not exist.", "Check the path.") from error
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
+    except nibabel.filebasedimages.ImageFileError as error:
         raise ReadFailure(path, "open", "not a NIfTI image.", "Convert it to NIfTI, or leave it out.") from error
-    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+    except (nibabel.spatialimages.HeaderDataError, OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise ReadFailure(
             path, "open", f"the header cannot be read ({first_line(error)}).", "Fetch or convert the file again."
         ) from error
