@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from fmsuite.core.training.progress import console_progress
 from fmsuite.errors import FmsuiteError, UsageError
 
 if TYPE_CHECKING:
+    from fmsuite.core.evaluation.cases import FinetuneResults
     from fmsuite.core.evaluation.results import Results
 
 # Typer brings its own copy of click, or uses the installed one, as its version has it.
@@ -222,6 +224,11 @@ def tile(
 def pack(
     out: Annotated[Path, typer.Option(help="Folder of the packed copy; its index.parquet then stands for --index.")],
     index: Annotated[Path | None, typer.Option(help="The index of `fmsuite tile`.")] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Copy all of each source that its windows cover: windows can then lie anywhere."),
+    ] = False,
+    half: Annotated[bool, typer.Option("--half", help="Keep values of whole sources in half precision.")] = False,
     processes: Annotated[int, typer.Option(min=0, help="That read and write, a shard each; 0: this one alone.")] = 0,
     shard_windows: Annotated[
         int | None, typer.Option(min=1, help="Windows in a shard; as many as half a gigabyte holds, if absent.")
@@ -229,11 +236,11 @@ def pack(
     verify: Annotated[bool, typer.Option("--verify", help="Only check the files of a packed copy.")] = False,
     strict: Strict = False,
 ) -> None:
-    """Copy an index's windows into a few large files. Run again after an interruption, it does what is missing."""
+    """Copy an index's windows, or its sources whole, into a few large files. Run again, it does what is missing."""
     from fmsuite.commands import pack as command
 
     if verify:
-        if index is not None or shard_windows is not None or processes or strict:
+        if index is not None or whole or half or shard_windows is not None or processes or strict:
             raise UsageError("--verify only checks what is in --out.", "Leave out the other options.")
         damaged = command.check(out, console_progress)
         for name, wrong in damaged:
@@ -248,10 +255,18 @@ def pack(
     if index is None:
         raise UsageError("--index is needed: what to pack.")
     result = command.pack(
-        index, out, shard_windows=shard_windows, processes=processes, strict=strict, progress=console_progress
+        index,
+        out,
+        whole=whole,
+        half=half,
+        shard_windows=shard_windows,
+        processes=processes,
+        strict=strict,
+        progress=console_progress,
     )
     written, total = result.shards
-    _say(f"{len(result.index)} windows in {total} shards, {written} of them written now: {result.path}")
+    packed = f"{len(result.index.sources)} whole sources" if whole else f"{len(result.index)} windows"
+    _say(f"{packed} in {total} shards, {written} of them written now: {result.path}")
     _finish(result.skipped.summary())
 
 
@@ -417,6 +432,28 @@ def bench(
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="Repeatable; all if absent. See `fmsuite list tasks`.")
     ] = None,
+    classify: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Ask for the classes in a column of the labels file; repeatable."),
+    ] = None,
+    regress: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Ask for the number in a column; repeatable.")
+    ] = None,
+    findings: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMNS", help="Ask which findings are there: a column of a|b lists, or 0/1 columns as A,B,C."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV that has these columns; the one that labels the data if absent.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="One answer for each window, source or group (patient); of these columns.")
+    ] = "window",
+    fractions: Annotated[
+        str, typer.Option(help="Shares of the training patients to learn these columns from, as 1%,10%,100%.")
+    ] = "1%,10%,100%",
     shots: Shots = "1,2,4,8,16,32",
     episodes: Annotated[int, typer.Option(min=1, help="Draws of supports for each number of shots.")] = 200,
     seed: Seed = 0,
@@ -434,29 +471,112 @@ def bench(
 ) -> None:
     """Judge encoders on labelled windows, beside controls that they must beat."""
     from fmsuite.commands.bench import bench as run
+    from fmsuite.commands.bench_targets import bench_targets, parse_fractions, parse_targets
 
-    compared = run(
-        domain,
-        encoder,
-        data or [],
+    targets = parse_targets(classify or [], regress or [], findings or [])
+    shared: dict[str, Any] = {
+        "tasks": task or ["all"],
+        "shots": _numbers(shots, "--shots"),
+        "episodes": episodes,
+        "seed": seed,
+        "controls": controls,
+        "recipe": recipe,
+        "overrides": _with_mpp(overrides, mpp, "data."),
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "strict": strict,
+        "progress": console_progress,
+        "command": sys.argv,
+    }
+    if targets:
+        options: dict[str, Any] = {"labels": labels, "by": by, "fractions": parse_fractions(fractions)}
+        each = bench_targets(domain, encoder, data or [], out, targets, **options, **shared)
+    else:
+        _refuse_without_columns(labels, by, fractions)
+        each = [run(domain, encoder, data or [], out, **shared)]
+    for compared in each:
+        if targets:
+            _say(compared.results.title)
+        _show_results(compared.results)
+    _reported(out, report, [compared.out for compared in each])
+    _finish(each[0].skipped)
+
+
+def _refuse_without_columns(labels: Path | None, by: str, fractions: str) -> None:
+    given = {"--labels": labels is not None, "--by": by != "window", "--fractions": fractions != "1%,10%,100%"}
+    option = next((name for name, is_given in given.items() if is_given), None)
+    if option is not None:
+        raise UsageError(
+            f"{option} is about columns of a labels file, and none is asked for.",
+            "Name one with --classify, --regress or --findings.",
+        )
+
+
+@app.command()
+def finetune(
+    task: Annotated[Path, typer.Argument(help="YAML file of the task; docs/finetuning.md says what it holds.")],
+    out: Annotated[Path, typer.Option(help="Folder; an interrupted fine-tuning in it goes on.")],
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Files, folders or one index.parquet, in place of the task's.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Run folder, file or timm:NAME, in place of the task's.")] = None,
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Fine-tune a task from an encoder, beside the same network from scratch, and judge it on held-out cases."""
+    from fmsuite.commands.finetune import finetune as run
+    from fmsuite.core.training.interrupt import warning_ends
+
+    warning_ends()
+    outcome = run(
+        task,
         out,
-        tasks=task or ["all"],
-        shots=_numbers(shots, "--shots"),
-        episodes=episodes,
-        seed=seed,
-        controls=controls,
-        recipe=recipe,
-        overrides=_with_mpp(overrides, mpp, "data."),
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
+        sources=data or [],
+        encoder=encoder,
+        overrides=overrides or [],
         strict=strict,
         progress=console_progress,
         command=sys.argv,
     )
-    _show_results(compared.results)
-    _reported(compared.out, report)
-    _finish(compared.skipped)
+    if outcome.stopped_by is not None:
+        _say(f"Interrupted. The same command goes on in {out}.")
+        raise typer.Exit(128 + outcome.stopped_by)
+    assert outcome.results is not None
+    _show_finetuned(outcome.results)
+    _say(f"Report: {outcome.page}")
+    _say(f"Results: {out / 'results.json'}")
+    _finish(outcome.skipped)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="A run of a fine-tuning: a folder with network.safetensors.")],
+    files: Annotated[list[Path], typer.Argument(help="Files or folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps, or for predictions.csv.")],
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers as well.")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Apply a fine-tuned network: label maps in the files' own space, or a table of answers."""
+    from fmsuite.commands.predict import predict as run
+
+    made = run(
+        model,
+        files,
+        out,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        overrides=overrides or [],
+        strict=strict,
+        progress=console_progress,
+    )
+    for path in made.files:
+        _say(str(path))
+    _finish(made.skipped)
 
 
 @app.command()
@@ -513,22 +633,49 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _show_results(results: Results) -> None:
     """The primary metric of every evaluation, as a table."""
-    table = Table("encoder", "method", "shots", results.primary.replace("_", " "), box=None, pad_edge=False)
+    from fmsuite.core.reports.wording import of, shots_name
+
+    several = any(e.fraction is not None for e in results.evaluations)
+    heading = "shots or share" if several else "shots"
+    table = Table("encoder", "method", heading, results.primary.replace("_", " "), box=None, pad_edge=False)
     for e in results.evaluations:
-        value = e.metrics[results.primary]
+        value = of(e, results.primary)
         interval = "" if value.low is None or value.high is None else f" ({value.low:.3f}-{value.high:.3f})"
         method = f"{e.method}, shuffled labels" if e.shuffled else e.method
-        shots = "all" if e.shots is None else str(e.shots)
+        shots = shots_name(e.shots) if e.fraction is None else f"{e.fraction:.3g} of the groups"
         table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}")
     out_console.print(table)
 
 
-def _reported(folder: Path, wanted: bool) -> None:
+def _show_finetuned(results: FinetuneResults) -> None:
+    """The primary metric of every arm and fraction, and how far it is above the control, as a table."""
+    from fmsuite.core.evaluation.cases import OVERALL
+
+    metric = results.metrics[results.primary]
+    table = Table("arm", "labels", metric.short, "difference to scratch", box=None, pad_edge=False)
+    for cell in results.cells:
+        numbers = []
+        for scores, sign in ((cell.scores, ""), (cell.differences, "+")):
+            value = scores.get(results.primary, {}).get(OVERALL)
+            interval = (
+                "" if value is None or value.low is None else f" ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+            )
+            numbers.append("" if value is None else f"{value.mean:{sign}.3f}{interval}")
+        table.add_row(escape(cell.arm), f"{cell.fraction:.3g}", *numbers)
+    out_console.print(table)
+
+
+def _reported(folder: Path, wanted: bool, results: Sequence[Path] = ()) -> None:
+    """
+    Args:
+        results: folders of results, if they are others than the one that gets the report.
+    """
     from fmsuite.commands.report import report as write
 
+    folders = list(results) or [folder]
     if wanted:
-        _say(f"Report: {write([folder], folder / 'report.html')}")
-    _say(f"Results: {folder / 'results.json'}")
+        _say(f"Report: {write(folders, folder / 'report.html')}")
+    _say(f"Results: {', '.join(str(each / 'results.json') for each in folders)}")
 
 
 def _say(text: str) -> None:

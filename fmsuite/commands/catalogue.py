@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import fmsuite.core.objectives  # noqa: F401  (registers the objectives)
-from fmsuite.commands.bench import FEWSHOT, FEWSHOT_METHOD
+from fmsuite.commands.bench_jobs import FEWSHOT, FEWSHOT_METHOD
 from fmsuite.commands.setup import recipe_folders
 from fmsuite.configs import recipes
 from fmsuite.core.backbones.config import VIT_SIZES

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from fmsuite.commands.comparison import class_order
 from fmsuite.commands.finetune_config import FinetuneConfig, SplitOptions
@@ -18,7 +21,8 @@ from fmsuite.core.data.pairs import read_targets
 from fmsuite.core.data.sample import Array
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.cases import Case
-from fmsuite.core.evaluation.fractions import first_share, fold_sides, spread_order
+from fmsuite.core.evaluation.fractions import bins_of
+from fmsuite.core.evaluation.sides import first_share, fold_sides, spread_order
 from fmsuite.core.evaluation.splits import TEST, TRAIN
 from fmsuite.core.reports.wording import counted
 from fmsuite.domains.base import Domain
@@ -62,6 +66,7 @@ class TaskData:
         classes: names; see ``Network.classes``.
         cases: what can be judged; a fold judges those whose group it holds out.
         rows_of_case: rows of the index.
+        kinds: (N, C) bool, what sides and fractions are to be alike in: classes, labels, quantiles of a number.
         truth: (cases,) int64 class numbers, or (cases, D) as ``targets``; ``None`` of a segmentation.
         folds: at least one.
         said: one sentence on the split.
@@ -76,15 +81,16 @@ class TaskData:
     cases: list[Case]
     rows_of_case: list[Array]
     truth: Array | None
-    strata: dict[str, str]
+    kinds: Tensor
     folds: list[Fold]
     said: str
     notes: list[str] = field(default_factory=list)
 
     def train_groups(self, fold: Fold, fraction: float, seed: int) -> list[str]:
-        """Those of a fraction, in a fixed order; of classes at least one group each."""
-        order = spread_order(fold.train, self.strata, seed, "few")
-        return first_share(order, fraction, len({self.strata[group] for group in fold.train}))
+        """Those of a fraction, in a fixed order; as many at least as have every class."""
+        rows = self.rows_of(fold.train)
+        order, least = spread_order([self.group_of_row[row] for row in rows], self.kinds[rows], seed)
+        return first_share(order, fraction, least)
 
     def rows_of(self, groups: Sequence[str]) -> Array:
         wanted = set(groups)
@@ -118,10 +124,10 @@ def collect(
     codes = numbered.label_codes if config.task_name == "classification" else None
     lowest = 0.0 if config.task_name == "multilabel" else -np.inf
     cases, rows, truth = _cases(numbered, groups, by, codes, values, lowest, classes)
-    strata = _strata(groups, codes)
+    kinds = _kinds(len(groups), codes, values, lowest)
     seed = config.seed if config.split.seed is None else config.split.seed
-    folds, said = _folds(config.split, groups, sides, strata, seed, domain.units.group)
-    return TaskData(domain, numbered, groups, values, classes, cases, rows, truth, strata, folds, said, notes)
+    folds, said = _folds(config.split, groups, sides, kinds, seed, domain.units.group)
+    return TaskData(domain, numbered, groups, values, classes, cases, rows, truth, kinds, folds, said, notes)
 
 
 def _targets(
@@ -138,7 +144,13 @@ def _targets(
     if config.task_name == "segmentation":
         return everything, None, config.classes
     if table is not None:
-        pairs = join_pairs(read_targets(table, config.classes), whole, skipped)
+        found = read_targets(table, config.classes)
+        if found.key == "window" and config.training.windows == "random":
+            raise UsageError(
+                f"{table}: gives numbers to the index's windows, and training.windows=random draws others.",
+                "Name sources or groups, or use training.windows=fixed.",
+            )
+        pairs = join_pairs(found, whole, skipped)
         kept = np.flatnonzero(pairs.of_row >= 0)
         assert isinstance(pairs.values, np.ndarray)
         values = pairs.values[pairs.of_row[kept]]
@@ -158,12 +170,12 @@ def _targets(
     _say_left(len(whole) - len(kept), "without a label", notes)
     if config.task_name == "regression":
         return kept, _as_numbers([str(labels[n]) for n in kept]), ("value",)
-    found = sorted({str(labels[n]) for n in kept}, key=class_order)
-    classes = config.classes or tuple(found)
-    unknown = [name for name in found if name not in classes]
+    names = sorted({str(labels[n]) for n in kept}, key=class_order)
+    classes = config.classes or tuple(names)
+    unknown = [name for name in names if name not in classes]
     if unknown or len(classes) < 2:
         raise UsageError(
-            f"The labels are {', '.join(found)}, and the classes {', '.join(classes)}.",
+            f"The labels are {', '.join(names)}, and the classes {', '.join(classes)}.",
             "Name all of them in task.classes, two at least, or leave it out.",
         )
     return kept, None, classes
@@ -241,14 +253,21 @@ def _short(paths: Sequence[str]) -> list[str]:
             lengths[n] += 1
 
 
-def _strata(groups: Sequence[str], codes: Array | None) -> dict[str, str]:
-    """Of each group the class that most of its windows have; one stratum where there are no classes."""
-    if codes is None:
-        return dict.fromkeys(groups, "")
-    votes: dict[str, Counter[int]] = {}
-    for group, code in zip(groups, codes.tolist(), strict=True):
-        votes.setdefault(group, Counter())[code] += 1
-    return {group: str(max(found, key=lambda code: (found[code], -code))) for group, found in votes.items()}
+def _kinds(rows: int, codes: Array | None, values: Array | None, lowest: float) -> Tensor:
+    """See ``TaskData.kinds``; one kind for all where nothing tells windows apart."""
+    if codes is not None:
+        return functional.one_hot(torch.from_numpy(codes)).bool()
+    if values is None:
+        return torch.ones(rows, 1, dtype=torch.bool)
+    if lowest == 0.0:
+        return torch.from_numpy(values > 0)
+    columns = []
+    for column in torch.from_numpy(values).T:
+        known = column.isfinite()
+        table = torch.zeros(rows, 5, dtype=torch.bool)
+        table[known] = functional.one_hot(bins_of(column[known]), 5).bool()
+        columns.append(table)
+    return torch.cat(columns, dim=1)
 
 
 def _by_column(split: SplitOptions, sides: Sequence[str | None]) -> bool:
@@ -268,7 +287,7 @@ def _folds(
     split: SplitOptions,
     groups: Sequence[str],
     sides: Sequence[str | None],
-    strata: dict[str, str],
+    kinds: Tensor,
     seed: int,
     unit: str,
 ) -> tuple[list[Fold], str]:
@@ -286,7 +305,7 @@ def _folds(
         how = "As the data give it"
         folds = [Fold(None, sorted(train), sorted(test))]
     elif split.folds is not None:
-        held = fold_sides(spread_order(everyone, strata, seed, "folds"), split.folds)
+        held = fold_sides(spread_order(groups, kinds, seed)[0], split.folds)
         folds = [Fold(n, sorted({*everyone} - {*test}), sorted(test)) for n, test in enumerate(held)]
         return folds, (
             f"Made here by {unit}, seed {seed}: {split.folds} folds of {counted(len(everyone), unit)}, each of them "
@@ -294,7 +313,7 @@ def _folds(
         )
     else:
         share = TEST_SHARE if split.test is None else float(split.test)
-        held_out = first_share(spread_order(everyone, strata, seed, "test side"), share)
+        held_out = first_share(spread_order(groups, kinds, seed)[0], share)
         if len(held_out) == len(everyone):
             raise UsageError(f"{counted(len(everyone), unit)} cannot be split.", "Give more data.")
         how = f"Made here by {unit}, seed {seed}"

@@ -205,7 +205,7 @@ def _from_file(
         group_column=columns.patient,
         split_column=columns.split,
     )
-    sources, members, places = _sources(groups, by)
+    sources, members, places = nameable(groups, by)
     try:
         assigned = assign_labels(options, (), sources, skipped, places)
         known = [assigned.of(*files) for files in members]
@@ -220,7 +220,7 @@ def _from_file(
     return [_Known(found.label, found.group, found.split or side) for found, side in zip(known, sides, strict=True)]
 
 
-def _sources(groups: Sequence[IndexGroup], by: By) -> tuple[list[SourceFile], list[list[SourceFile]], dict[Path, str]]:
+def nameable(groups: Sequence[IndexGroup], by: By) -> tuple[list[SourceFile], list[list[SourceFile]], dict[Path, str]]:
     """What lines may name; for each group which of it is the group's; and the place of each source, the index's group.
 
     A folder of files can be named itself, so it stands among the sources.

@@ -28,6 +28,7 @@ from fmsuite.core.evaluation.splits import (
     refuse_shared_groups,
     split_by_group,
 )
+from fmsuite.core.features import FeatureStore
 from fmsuite.core.reports.wording import counted
 from fmsuite.errors import UsageError
 
@@ -156,6 +157,10 @@ class LabelledWindows:
             split=split,
             notes=[*self.notes, note],
         )
+
+    def features(self, store: FeatureStore) -> Tensor:
+        """(I, D) float32 of the items, in their order."""
+        return store.read_all(self.rows.numpy())[0]
 
     def items(self) -> list[Item]:
         """One for each window, named by its file and, where a file has several, its corner."""

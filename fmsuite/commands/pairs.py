@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fmsuite.commands.group_labels import _sources, index_groups
+from fmsuite.commands.group_labels import index_groups, nameable
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.pairs import Pairs, PairTable
 from fmsuite.core.data.skipped import SkippedLog
@@ -74,7 +74,7 @@ def _groups(index: SampleIndex, path: Path) -> Find:
 
 def _files(index: SampleIndex, path: Path) -> Find:
     rows = _rows_of(index, "source")
-    files, _, places = _sources(index_groups(index, "source"), "source")
+    files, _, places = nameable(index_groups(index, "source"), "source")
     names = _Names(files, places, _Folders())
 
     def find(name: str) -> np.ndarray | list[int]:

@@ -30,6 +30,8 @@ import numpy as np
 
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.index import SampleIndex, Window
+from fmsuite.core.data.packed_files import AGAIN, INDEX, METADATA, PACKING, read_json, write_json, wrong_file
+from fmsuite.core.data.packed_scenes import PackedScenes
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.sample import Array, ArraySample, Sample
 from fmsuite.core.data.shards import ShardFile, ShardWriter, create_array, file_digest, shard_file
@@ -40,14 +42,12 @@ from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 if TYPE_CHECKING:
     from fmsuite.domains.base import Domain
 
-INDEX, PACKING, BLOCKS, ARRAYS, FACTS = "index.parquet", "packing.json", "blocks", "arrays", "facts.json"
+BLOCKS, ARRAYS, FACTS = "blocks", "arrays", "facts.json"
 TABLES = ("keys.npy", "rows.npy", "facts.npy")
-METADATA = "packed"
 FORMAT = 1
 OPEN_SHARDS = 16
 MOST_KINDS = 256
 _SLICE = 1 << 16
-_AGAIN = "Delete the file and run the same `fmsuite pack` again: only its shard is made anew."
 
 
 def open_reader(domain: Domain, index: SampleIndex) -> Reader:
@@ -59,7 +59,9 @@ def open_reader(domain: Domain, index: SampleIndex) -> Reader:
     """
     if METADATA not in index.metadata:
         return domain.reader(index)
-    return PackedReader(Path(index.metadata[METADATA]["folder"]))
+    copy = index.metadata[METADATA]
+    folder = Path(copy["folder"])
+    return PackedScenes(folder) if copy.get("whole") else PackedReader(folder)
 
 
 def located(index: SampleIndex, path: Path) -> SampleIndex:
@@ -99,13 +101,13 @@ class Packing:
         path = folder / PACKING
         if not path.is_file():
             raise UsageError(f"{folder}: there is no packed copy here.", "Make one with `fmsuite pack`.")
-        raw = _json(path)
+        raw = read_json(path)
         if raw.get("format") != FORMAT:
             raise UsageError(f"{folder}: packed by another version of fmsuite.", "Upgrade fmsuite, or pack again.")
         return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
 
     def write(self, folder: Path, **more: Any) -> None:
-        _write_json(folder / PACKING, {"format": FORMAT, **vars(self), **more})
+        write_json(folder / PACKING, {"format": FORMAT, **vars(self), **more})
 
 
 def array_sample(sample: Sample) -> ArraySample:
@@ -157,7 +159,7 @@ def pack_block(index: SampleIndex, reader: Reader, folder: Path, packing: Packin
         for writer in writers.values():
             files[writer.path.relative_to(folder).as_posix()] = writer.finish()
     record = {"rows": placed, "facts": facts.list, "files": files, "skipped": skipped}
-    _write_json(folder / BLOCKS / f"{number}.json", record)
+    write_json(folder / BLOCKS / f"{number}.json", record)
 
 
 def unfinished(folder: Path, packing: Packing) -> list[int]:
@@ -170,7 +172,7 @@ def _is_done(folder: Path, number: int) -> bool:
     if not path.is_file():
         return False
     try:
-        files = _json(path)["files"]
+        files = read_json(path)["files"]
     except (FmsuiteError, KeyError):
         return False
     return all(
@@ -186,7 +188,7 @@ def finish(index: SampleIndex, folder: Path, packing: Packing, skipped: SkippedL
     """
     facts, placed = _Facts(), np.full(packing.rows, -1, dtype="<i4")
     for number in range(packing.blocks):
-        record = _json(folder / BLOCKS / f"{number}.json")
+        record = read_json(folder / BLOCKS / f"{number}.json")
         for entry in record["skipped"]:
             skipped.add(*entry)
         known = np.array([*(facts.number(fact) for fact in record["facts"]), -1], dtype="<i4")
@@ -214,7 +216,7 @@ def finish(index: SampleIndex, folder: Path, packing: Packing, skipped: SkippedL
         with partial_.open("wb") as file:
             np.save(file, values)
         os.replace(partial_, folder / name)
-    _write_json(folder / FACTS, facts.list)
+    write_json(folder / FACTS, facts.list)
     packing.write(folder, tables={name: file_digest(folder / name) for name in (*TABLES, FACTS)})
     packed = SampleIndex(packed.table, {**packed.metadata, METADATA: {"format": FORMAT, "folder": "."}})
     packed.write(folder / INDEX)
@@ -223,11 +225,11 @@ def finish(index: SampleIndex, folder: Path, packing: Packing, skipped: SkippedL
 
 def check_tables(folder: Path) -> Iterator[tuple[str, str | None]]:
     """The tables of a packed copy, each with what is wrong with it, or ``None``."""
-    tables = _json(folder / PACKING).get("tables")
+    tables = read_json(folder / PACKING).get("tables")
     if tables is None or not (folder / INDEX).is_file():
         yield INDEX, "packing has not been finished"
     for name, (size, digest) in (tables or {}).items():
-        yield name, _wrong(folder / name, size, digest)
+        yield name, wrong_file(folder / name, size, digest)
 
 
 def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
@@ -241,22 +243,12 @@ def verify(folder: Path) -> Iterator[tuple[str, str | None]]:
     for number in range(packing.blocks):
         path = folder / BLOCKS / f"{number}.json"
         try:
-            files = _json(path)["files"]
+            files = read_json(path)["files"]
         except (FmsuiteError, KeyError):
             yield path.relative_to(folder).as_posix(), "it is missing or damaged"
             continue
         for file, (size, digest) in files.items():
-            yield file, _wrong(folder / file, size, digest)
-
-
-def _wrong(path: Path, size: int, digest: str) -> str | None:
-    try:
-        length, found = file_digest(path)
-    except OSError as error:
-        return str(error.strerror)
-    if length != size:
-        return f"it has {length} bytes instead of {size}"
-    return None if found == digest else "its content has changed"
+            yield file, wrong_file(folder / file, size, digest)
 
 
 class PackedReader:
@@ -287,7 +279,7 @@ class PackedReader:
 
     @cached_property
     def _facts(self) -> list[dict[str, Any]]:
-        facts: list[dict[str, Any]] = _json(self.folder / FACTS)
+        facts: list[dict[str, Any]] = read_json(self.folder / FACTS)
         return facts
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,7 +320,7 @@ class PackedReader:
         except Damaged as damage:
             self._shards.discard(path)
             raise ReadFailure(
-                path, "read", f"{damage.reason} (of {window.source} at {window.position}).", _AGAIN
+                path, "read", f"{damage.reason} (of {window.source} at {window.position}).", AGAIN
             ) from damage
 
     def close(self) -> None:
@@ -421,18 +413,3 @@ def _refuse_collisions(index: SampleIndex, keys: Array, order: Array) -> None:
             other.spacing,
         ):
             raise FmsuiteError(f"Two windows have the same key: {one} and {other}.", "Leave one of them out.")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FmsuiteError(f"{path}: cannot be read ({error}).", "Run the same `fmsuite pack` again.") from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_ = path.with_name(f".{path.name}.{os.getpid()}")
-    partial_.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial_, path)

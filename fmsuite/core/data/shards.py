@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,13 +35,25 @@ _CHECKSUM = 4
 
 def create_array(folder: Path, rows: int, per_shard: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """The description of an array of ``rows`` windows of one shape, whose shards lie at ``shard_file``."""
+    _describe(folder, (rows, *shape), (1, *shape), (per_shard, *shape), dtype)
+
+
+def create_grid(folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> None:
+    """The description of an array in chunks of any shape, all in the one shard at ``shard_file(folder, 0, ...)``."""
+    shard = tuple(-(-length // edge) * edge for length, edge in zip(shape, chunk, strict=True))
+    _describe(folder, shape, chunk, shard, dtype)
+
+
+def _describe(
+    folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...], shard: tuple[int, ...], dtype: np.dtype
+) -> None:
     shuffle: Literal["noshuffle", "shuffle"] = "noshuffle" if dtype.itemsize == 1 else "shuffle"
     zarr.create_array(
         str(folder),
-        shape=(rows, *shape),
+        shape=shape,
         dtype=dtype,
-        chunks=(1, *shape),
-        shards=(per_shard, *shape),
+        chunks=chunk,
+        shards=shard,
         compressors=[BloscCodec(typesize=dtype.itemsize, cname="lz4", clevel=1, shuffle=shuffle), Crc32cCodec()],
     )
 
@@ -140,13 +153,31 @@ class ShardFile:
         Raises:
             Damaged: if there is none, or it is not as it was written.
         """
-        offset, length = (int(value) for value in self._index[slot])
-        if offset == _ABSENT:
-            raise Damaged(self.path, f"it has no window at place {slot}")
-        try:
-            packed = os.pread(self._file, length, offset)
-        except OSError as error:
-            raise Damaged(self.path, str(error.strerror)) from error
+        (values,) = self.read_each([slot], shape, dtype)
+        return values
+
+    def read_each(self, slots: Sequence[int], shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The windows at some slots, in order; those that follow each other in the file are read at once.
+
+        Raises:
+            Damaged: as ``read``.
+        """
+        entries = self._index[np.asarray(slots)]
+        for slot, (offset, _) in zip(slots, entries.tolist(), strict=True):
+            if offset == _ABSENT:
+                raise Damaged(self.path, f"it has no window at place {slot}")
+        gaps = np.flatnonzero(entries[1:, 0] != entries[:-1].sum(axis=1)) + 1
+        for run in np.split(np.arange(len(slots)), gaps):
+            first, length = int(entries[run[0], 0]), int(entries[run, 1].sum())
+            try:
+                data = os.pread(self._file, length, first)
+            except OSError as error:
+                raise Damaged(self.path, str(error.strerror)) from error
+            for number in run.tolist():
+                begin, length = int(entries[number, 0]) - first, int(entries[number, 1])
+                yield self._decoded(slots[number], data[begin : begin + length], length, shape, dtype)
+
+    def _decoded(self, slot: int, packed: bytes, length: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         if len(packed) != length or not _sound(packed):
             raise Damaged(self.path, f"the window at place {slot} is damaged")
         values = np.empty(shape, dtype=dtype.newbyteorder("<"))

@@ -124,3 +124,23 @@ def knn_predict(
         balance=balance,
     )
     return scores.argmax(1)
+
+
+def nearest_rows(support: Tensor, queries: Tensor, k: int) -> Tensor:
+    """(Q, k) int64 rows of the k supports nearest to each query by Euclidean distance, all if there are fewer.
+
+    Args:
+        support: (S, D). queries: (Q, D).
+
+    Raises:
+        UsageError: without supports, or with k < 1.
+    """
+    if len(support) == 0 or k < 1:
+        raise UsageError(f"kNN needs k of at least 1 and known features (k = {k}, {len(support)} features).")
+    support, queries = support.to(torch.float32), queries.to(torch.float32)
+    sizes = support.square().sum(1)
+    found = [
+        (2 * chunk @ support.T - sizes).topk(min(k, len(support)), dim=1).indices
+        for chunk in queries.split(max(1, _CHUNK_VALUES // len(support)))
+    ]
+    return torch.cat(found)

@@ -111,7 +111,7 @@ def fit_linear(
         strength = 100 / (features.shape[1] * len(present))
     if not strength > 0:
         raise UsageError(f"The strength of a linear probe must be above 0, not {strength:g}.")
-    centre, basis, coordinates = _span(features)
+    centre, basis, coordinates = principal_span(features)
     penalty = strength if form == "norm" else strength / len(features) * (2 if len(present) == 2 else 1)
     problem = _Problem(coordinates, torch.searchsorted(present, labels).numpy(), len(present), form, penalty)
     coefficients, bias, iterations, converged = _minimise(problem, max_iter)
@@ -122,7 +122,7 @@ def fit_linear(
     return LinearProbe(weight, biases, form, strength, iterations, converged)
 
 
-def _span(features: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_span(features: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean (D,), principal axes (D, r) and coordinates (N, r) of the features in them, r <= min(N - 1, D)."""
     values = features.to("cpu", torch.float64).numpy()
     centre = values.mean(0)

@@ -44,15 +44,20 @@ def average_precision(scores: Tensor, target: Tensor, weights: Tensor) -> Tensor
 
 
 def multilabel_scores(
-    scores: Tensor, target: Tensor, threshold: float = 0.5, weights: Tensor | None = None
+    scores: Tensor,
+    target: Tensor,
+    threshold: float = 0.5,
+    weights: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every metric of ``METRICS``, and ``map/0``, ``map/1`` and so on of each label.
+    """Every metric of ``METRICS``, and of each label ``map/0``, ``map/1`` and so on, and ``auroc/0`` and so on.
 
     Args:
         scores: (N, K) finite, probabilities if the threshold is to mean something.
         target: (N, K) bool.
         threshold: a label is predicted from this score on.
         weights: (N, R), not negative; one for each item if not given.
+        known: (N, K) bool; what is not known counts in no metric. All by default.
 
     Returns:
         (R,) float64 by name, NaN where no label allows the metric; () without weights.
@@ -67,13 +72,14 @@ def multilabel_scores(
         raise FmsuiteError("The classifier gave scores that are not finite.", "Look for extreme values among features.")
     target = target.bool()
     given = torch.ones(len(scores), 1, dtype=torch.float64) if weights is None else weights.double()
+    there = torch.ones_like(target) if known is None else known
     labels = range(scores.shape[1])
-    precisions = torch.stack([average_precision(scores[:, k], target[:, k], given) for k in labels])
-    areas = torch.stack(
-        [weighted_auroc(torch.stack([-scores[:, k], scores[:, k]], dim=1), target[:, k].long(), given) for k in labels]
-    )
-    said = scores >= threshold
-    hits, true, predicted = ((mask.double().T @ given) for mask in (said & target, target, said))
+    counted = [given * there[:, k, None] for k in labels]
+    precisions = torch.stack([average_precision(scores[:, k], target[:, k], counted[k]) for k in labels])
+    pairs = [torch.stack([-scores[:, k], scores[:, k]], dim=1) for k in labels]
+    areas = torch.stack([weighted_auroc(pairs[k], target[:, k].long(), counted[k]) for k in labels])
+    said = (scores >= threshold) & there
+    hits, true, predicted = ((mask.double().T @ given) for mask in (said & target, target & there, said))
     either = true + predicted
     f1 = torch.where(either > 0, 2 * hits / either, torch.nan)
     found = {
@@ -82,5 +88,6 @@ def multilabel_scores(
         "micro_f1": torch.where(either.sum(0) > 0, 2 * hits.sum(0) / either.sum(0), torch.nan),
         "macro_auroc": areas.nanmean(0),
         **{f"map/{k}": precisions[k] for k in labels},
+        **{f"auroc/{k}": areas[k] for k in labels},
     }
     return found if weights is not None else {name: value[0] for name, value in found.items()}

@@ -46,14 +46,19 @@ class Item(Record):
 
     Attributes:
         id: readable and unique.
-        label: position in ``Results.classes``.
+        label: position in ``Results.classes``; -1 where numbers or findings are asked for.
+        value: what is known of it, where a number is asked for.
+        findings: for each of ``Results.classes``, where findings are asked for: 1 if it is there, 0 if not, ``None`` if
+            unknown.
         group: what stays on one side of a split: patient, scene.
         split: the side, where it is fixed.
         windows: how many windows it has.
     """
 
     id: str
-    label: int
+    label: int = -1
+    value: float | None = None
+    findings: list[int | None] = Field(default_factory=list)
     group: str
     split: str | None = None
     windows: int = 1
@@ -63,13 +68,13 @@ class EncoderFacts(Record):
     """
     Attributes:
         name: unique among the results, and short: it stands in tables.
-        kind: ``encoder`` for what the user gave; ``untrained`` and ``histogram`` are controls.
+        kind: ``encoder`` for what the user gave; the others are controls, ``constant`` one that sees nothing.
         identity: as in the store's attributes.
         control_of: the encoder that an untrained one is a control of.
     """
 
     name: str
-    kind: Literal["encoder", "untrained", "histogram"] = "encoder"
+    kind: Literal["encoder", "untrained", "histogram", "constant"] = "encoder"
     identity: str
     dim: int
     pooling: str | None = None
@@ -85,12 +90,15 @@ class Episode(Record):
         support: positions in ``Results.items``; ``None`` for the whole training side.
         metrics: of this episode's queries.
         predictions: for each item the predicted class, -1 where it was not asked. Kept in ``predictions.json``.
+        answers: where numbers or findings are asked for, instead of predictions: for each item the number, or a score
+            for each finding; nothing where it was not asked. Kept in ``predictions.json``.
     """
 
     seed: int
     support: list[int] | None = None
     metrics: dict[str, float]
     predictions: list[int] = Field(default_factory=list)
+    answers: list[list[float]] = Field(default_factory=list)
 
 
 class Evaluation(Record):
@@ -100,16 +108,18 @@ class Evaluation(Record):
         encoder: name of one of ``Results.encoders``.
         method: key in ``Results.methods``.
         shots: labelled items a class; ``None`` for the whole training side.
+        fraction: share of the training groups; ``None`` for all of them.
         shuffled: the labels were shuffled: a control, at chance if all is right.
         settings: the method's options as used (k, regularisation, ...).
         metrics: by name, as in ``evaluation.metrics``.
-        confusion: rows truth, columns prediction, counts summed over episodes.
+        confusion: rows truth, columns prediction, counts summed over episodes; empty for numbers and findings.
         notes: what was clamped or left out, in sentences.
     """
 
     encoder: str
     method: str
     shots: int | None = None
+    fraction: float | None = None
     shuffled: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Estimate]
@@ -142,7 +152,8 @@ class Results(Record):
 
     Attributes:
         unit: what an item is, in the singular: ``tile``, ``slide``, ``patient``, ``scene``, ``drawing``, ``volume``.
-        classes: names, in order of their codes.
+        target: what is asked for: one of the classes, a number, or which of the findings are there.
+        classes: names, in order of their codes: classes or findings; none for a number.
         items: every labelled one, in the order that supports and predictions refer to.
         split: one sentence on who was trained on and who was asked.
         methods: method to one sentence on what it is (with its reference).
@@ -156,6 +167,7 @@ class Results(Record):
     domain: str
     unit: str
     title: str
+    target: Literal["classes", "number", "findings"] = "classes"
     classes: list[str]
     items: list[Item]
     split: str
@@ -179,9 +191,9 @@ class Results(Record):
         """
         folder = Path(folder)
         everything = self.model_dump(mode="json")
-        predictions = []
+        predictions, said = [], self._said(self.target)
         for evaluation in everything["evaluations"]:
-            predictions.append([episode.pop("predictions") for episode in evaluation["episodes"]])
+            predictions.append([episode.pop(said) for episode in evaluation["episodes"]])
         metrics, episodes = self._rows()
         texts = {
             PREDICTIONS: json.dumps(predictions, separators=(",", ":")),
@@ -221,30 +233,48 @@ class Results(Record):
                 raise UsageError(f"{folder}: results of a newer fmsuite.", "Upgrade fmsuite to read them.")
             for evaluation, rows in zip(raw["evaluations"], predictions, strict=True):
                 for episode, row in zip(evaluation["episodes"], rows, strict=True):
-                    episode["predictions"] = row
+                    episode[cls._said(raw.get("target"))] = row
             return cls.model_validate(raw)
         except OSError as error:
             raise UsageError(f"{error.filename}: {error.strerror}.", "Is this a folder of results?") from error
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise UsageError(f"{folder}: damaged results ({error}).", "Make them again.") from error
 
+    @staticmethod
+    def _said(target: str | None) -> str:
+        """The field of an episode that is kept in ``predictions.json``."""
+        return "answers" if target in ("number", "findings") else "predictions"
+
     def _rows(self) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
         metrics: list[Sequence[Any]] = [
-            ("encoder", "kind", "method", "shots", "shuffled", "metric", "mean", "std", "low", "high", "episodes")
+            (
+                "encoder",
+                "kind",
+                "method",
+                "shots",
+                "fraction",
+                "shuffled",
+                "metric",
+                "mean",
+                "std",
+                "low",
+                "high",
+                "episodes",
+            )
         ]
         names = list(dict.fromkeys(name for e in self.evaluations for name in e.metrics))
         episodes: list[Sequence[Any]] = [
-            ("encoder", "method", "shots", "shuffled", "episode", "seed", *names, "support")
+            ("encoder", "method", "shots", "fraction", "shuffled", "episode", "seed", *names, "support")
         ]
         kinds = {encoder.name: encoder.kind for encoder in self.encoders}
         for e in self.evaluations:
-            shots = "all" if e.shots is None else e.shots
+            shots, share = "all" if e.shots is None else e.shots, 1 if e.fraction is None else e.fraction
             for name, estimate in e.metrics.items():
                 values = (estimate.mean, estimate.std, estimate.low, estimate.high, len(e.episodes))
-                metrics.append((e.encoder, kinds[e.encoder], e.method, shots, e.shuffled, name, *values))
+                metrics.append((e.encoder, kinds[e.encoder], e.method, shots, share, e.shuffled, name, *values))
             for number, episode in enumerate(e.episodes):
                 support = "" if episode.support is None else " ".join(self.items[i].id for i in episode.support)
-                where = (e.encoder, e.method, shots, e.shuffled, number, episode.seed)
+                where = (e.encoder, e.method, shots, share, e.shuffled, number, episode.seed)
                 episodes.append((*where, *(episode.metrics.get(name, "") for name in names), support))
         return metrics, episodes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ SHUFFLES = 20
 """Shuffles of the training labels that the control averages over."""
 SHUFFLED_T = 2.861
 """99.5% quantile of Student's t distribution with ``SHUFFLES`` - 1 degrees of freedom."""
+RESCALED = "Features were divided by their root mean square, to have the scale that the penalty presumes."
 SHUFFLED_INTERVAL = f"With shuffled labels: 99% t interval of the mean over {SHUFFLES} shuffles."
 
 
@@ -103,8 +104,10 @@ def judge(
     seed: int,
     shuffled: bool = False,
     rescale: bool = False,
+    share: float | None = None,
+    shown: Sequence[Tensor] = (),
 ) -> Evaluation:
-    """Ask the test side after training on the whole training side.
+    """Ask the test side after training on the whole training side, or on several draws of a share of its groups.
 
     Args:
         task: name in ``TASKS``.
@@ -119,25 +122,29 @@ def judge(
             nothing of. It has 99% confidence, as it raises an alarm where it misses chance.
         rescale: divide the features by their root mean square on the training side. The penalty of the linear probes
             presumes the scale of features after a layer norm; much smaller ones (shares of a histogram) it holds down.
+        share: of the training groups, ``None`` for all of them; then ``shown`` holds the items of each draw, and
+            metrics are averaged over these.
     """
-    train, test = features[split.train], features[split.test]
     scored, episodes, notes = [], [], dict[str, None]()
-    if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
-        train, test = train / size, test / size
-        notes["Features were divided by their root mean square, to have the scale that the penalty presumes."] = None
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     settings: dict[str, Any] = {}
-    for number in range(SHUFFLES if shuffled else 1):
+    rounds = [split.train] * (SHUFFLES if shuffled else 1) if share is None else shown
+    for number, rows in enumerate(rounds):
+        train, test = features[rows], features[split.test]
+        if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
+            train, test = train / size, test / size
+            notes[RESCALED] = None
         own = derive(seed, "shuffle", number) >> 31 if shuffled else seed
-        shown, target = (
+        known, target = (
             shuffled_labels(labels[side], groups[side], own, role) if shuffled else labels[side]
-            for role, side in enumerate((split.train, split.test))
+            for role, side in enumerate((rows, split.test))
         )
-        answer = TASKS[task].answer(train, shown, test, classes)
+        answer = TASKS[task].answer(train, known, test, classes)
         predictions = torch.full((len(labels),), -1)
         predictions[split.test] = answer.predicted
         metrics = score(answer.scores, answer.predicted, target, classes)
-        episodes.append(Episode(seed=own, metrics=metrics, predictions=predictions.tolist()))
+        support = None if share is None else rows.tolist()
+        episodes.append(Episode(seed=own, support=support, metrics=metrics, predictions=predictions.tolist()))
         scored.append(Scored(split.test, answer.scores, answer.predicted, target))
         matrix += confusion(answer.predicted, target, classes)
         notes.update(dict.fromkeys(answer.notes))
@@ -147,13 +154,14 @@ def judge(
     for name in METRICS:
         mean, std = summarise([episode.metrics[name] for episode in episodes])
         low, high = (None, None) if bounds is None else bounds[name] or (None, None)
-        if std is not None:
+        if shuffled and std is not None:
             reach = SHUFFLED_T * std / len(episodes) ** 0.5
             low, high = mean - reach, mean + reach
         estimates[name] = Estimate(mean=mean, std=std, low=low, high=high)
     return Evaluation(
         encoder=encoder,
         method=task,
+        fraction=share,
         shuffled=shuffled,
         settings=settings,
         metrics=estimates,

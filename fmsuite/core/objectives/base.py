@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.data.sample import Batch, PairRequest, SupportRequest, ViewRequest
+from fmsuite.core.objectives.reconstruction import Reconstruction
 from fmsuite.errors import UsageError, nearest
 
 
@@ -166,6 +167,14 @@ class Objective(nn.Module, ABC):
         """How to train a parameter, by its name in this module; the backbone's follow ``optim``'s layer-wise rules as
         well."""
         return ParameterRule()
+
+    def reconstruct(self, batch: Batch) -> Reconstruction | None:
+        """What the objective fills in for hidden pixels; ``None`` of those that predict something else.
+
+        Args:
+            batch: normalised views, as for ``forward``.
+        """
+        return None
 
     def export(self, folder: Path) -> None:
         """Called once at the end of a run: write what another run needs of this one beside its encoder.

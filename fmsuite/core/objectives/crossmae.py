@@ -16,8 +16,9 @@ from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, check_decoder, decoder_positions, init_linear
 from fmsuite.core.objectives.group_heads import group_heads, groups_of, project
-from fmsuite.core.objectives.mae import masked_mean_error, pixel_targets
-from fmsuite.core.objectives.single_view import VIEW, Visible, VisibleEncoder
+from fmsuite.core.objectives.mae import masked_mean_error, patch_targets, pixel_targets
+from fmsuite.core.objectives.reconstruction import Reconstruction, fill_in
+from fmsuite.core.objectives.single_view import VIEW, Visible, VisibleEncoder, masked_ids
 from fmsuite.core.seeding import uniform_from_keys
 from fmsuite.core.tokens import take
 from fmsuite.errors import UsageError
@@ -184,6 +185,19 @@ class CrossMAE(VisibleEncoder):
         ids, chosen = draw_predicted(visible.mask, share, view.keys)
         prediction = self.decode(visible, maps, ids)
         return {"loss": self.reconstruction_loss(view, prediction, ids, chosen)}
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Of all masked tokens: a prediction does not depend on which others are asked for. With ``norm_pix``, scaled
+        back by the mean and deviation of the patch that was hidden."""
+        view = batch.views[VIEW][0]
+        visible, maps = self.encode_depths(view)
+        ids, counted = masked_ids(visible.mask)
+        asked = self.decode(visible, maps, ids).to(torch.float32) * counted[..., None]
+        prediction = asked.new_zeros(*visible.mask.shape, asked.shape[-1])
+        prediction.scatter_(1, ids[..., None].expand_as(asked), asked)
+        statistics = patch_targets(self.grid, view)[2:] if self.config.norm_pix else None
+        return fill_in(self.grid, view, prediction, visible.mask, statistics)
 
     def encode_depths(self, view: View) -> tuple[Visible, Tensor]:
         """The encoder's features, and (K, B, S, D) what the decoder's blocks can read: with ``mix_depths`` the sequence

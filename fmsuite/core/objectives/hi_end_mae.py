@@ -16,6 +16,7 @@ from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, MaskDecoder, init_linear
 from fmsuite.core.objectives.mae import EPSILON, masked_mean_error, patch_targets
+from fmsuite.core.objectives.reconstruction import Reconstruction, fill_in
 from fmsuite.core.objectives.single_view import VIEW, Visible, masked_ids
 from fmsuite.core.tokens import PatchGrid, take
 from fmsuite.errors import UsageError
@@ -66,14 +67,20 @@ class ReadingBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def biased_statistics(values: Tensor, weight: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """``mean`` and ``sqrt(var + 1e-6)`` of each patch with the biased variance, as in a layer norm, where MAE takes the
+    unbiased one. (B, N, 1) each, of what ``patch_targets`` gives."""
+    square = (weight * (values - mean) ** 2).sum(-1, keepdim=True)
+    return mean, (square / weight.sum(-1, keepdim=True).clamp(min=1) + EPSILON).sqrt()
+
+
 def normalised_patches(grid: PatchGrid, view: View, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(B, N, P) float32 ``(x - mean) / sqrt(var + 1e-6)`` of each patch's valid values with the biased variance, as in
-    a layer norm, where MAE takes the unbiased one; and their weight, see ``patch_targets``."""
+    """(B, N, P) float32 ``(x - mean) / spread`` of each patch's valid values, see ``biased_statistics``; and their
+    weight, see ``patch_targets``."""
     with torch.autocast(view.pixels.device.type, enabled=False):
         values, weight, mean, _ = patch_targets(grid, view, ids)
-        deviation = weight * (values - mean)
-        variance = (deviation**2).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1)
-        return deviation * (variance + EPSILON).rsqrt(), weight
+        mean, spread = biased_statistics(values, weight, mean)
+        return weight * (values - mean) / spread, weight
 
 
 @register
@@ -127,6 +134,14 @@ class HiEndMAE(MaskDecoder):
     def predict(self, view: View) -> tuple[Tensor, Tensor]:
         visible = self.encode(view, self.read_layers, norm_layers=False)
         return self.decode(visible), visible.mask
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """With ``norm_pix``, scaled back by the mean and deviation of the patch that was hidden."""
+        view = batch.views[VIEW][0]
+        prediction, mask = self.predict(view)
+        statistics = biased_statistics(*patch_targets(self.grid, view)[:3]) if self.config.norm_pix else None
+        return fill_in(self.grid, view, prediction, mask, statistics)
 
     def contexts(self, features: Features) -> list[Tensor]:
         """What each reading block reads: (B, P + K, decoder_width), class token and registers first."""

@@ -13,6 +13,7 @@ from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.distributed import mean_over
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
 from fmsuite.core.objectives.decoders import DecoderConfig, MaskDecoder
+from fmsuite.core.objectives.reconstruction import Reconstruction, fill_in
 from fmsuite.core.objectives.single_view import VIEW, Visible, masked_ids
 from fmsuite.core.tokens import PatchGrid, take
 
@@ -139,18 +140,9 @@ class MAE(MaskDecoder):
         return masked_mean_error(prediction, target, weight, mask)
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> Tensor:
-        """Pictures of what the model fills in.
-
-        Returns:
-            (B, C, *size) float32 in the view's normalised units: visible patches as they are, masked ones as predicted
-            (with ``norm_pix``, scaled back by the mean and deviation of the patch that was hidden).
-        """
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """With ``norm_pix``, scaled back by the mean and deviation of the patch that was hidden."""
         view = batch.views[VIEW][0]
         prediction, mask = self.predict(view)
-        pixels = self.grid.patchify(view.pixels.to(torch.float32))
-        prediction = prediction.to(torch.float32)
-        if self.config.norm_pix:
-            _, _, mean, spread = patch_targets(self.grid, view)
-            prediction = prediction * spread + mean
-        return self.grid.unpatchify(torch.where(mask[..., None], prediction, pixels), tuple(view.pixels.shape[2:]))
+        statistics = patch_targets(self.grid, view)[2:] if self.config.norm_pix else None
+        return fill_in(self.grid, view, prediction, mask, statistics)

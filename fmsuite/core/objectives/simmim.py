@@ -23,6 +23,7 @@ from fmsuite.core.objectives.base import Card, ObjectiveConfig, Share, StepConte
 from fmsuite.core.objectives.group_heads import group_heads
 from fmsuite.core.objectives.mae import patch_targets
 from fmsuite.core.objectives.masks import MASK_RATIO, pattern_for
+from fmsuite.core.objectives.reconstruction import Reconstruction, fill_in
 from fmsuite.core.objectives.single_view import VIEW, MaskedViewConfig, MaskTokenEncoder
 from fmsuite.core.tokens import PatchGrid
 from fmsuite.errors import UsageError
@@ -151,6 +152,11 @@ class SimMIM(MaskTokenEncoder):
         view = batch.views[VIEW][0]
         _, weight, _, _ = patch_targets(self.grid, view)
         return (weight * self.masked(view)[0][..., None]).sum()
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        view = batch.views[VIEW][0]
+        return fill_in(self.grid, view, *self.predict(view))
 
     def forward(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         view = batch.views[VIEW][0]

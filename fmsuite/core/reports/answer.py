@@ -107,7 +107,7 @@ def answer(results: Results) -> Answer:
         f"a {metric_name(metric)} of {estimated(estimate)} {supervision(best.shots, results.unit)} "
         f"({method_name(best.method)})"
     )
-    if metric_name(metric)[0] in "aeiouA":
+    if metric_name(metric)[0] in "aeiouAR":
         reached = f"an{reached[1:]}"
     who = f"{best.encoder} reaches {reached}"
     if others:
@@ -140,7 +140,12 @@ def _most_labels(results: Results, names: Sequence[str]) -> int | None:
 
 
 def _true(results: Results) -> Iterable[Evaluation]:
-    return (e for e in results.evaluations if not e.shuffled and math.isfinite(of(e, results.primary).mean))
+    """Judged with true labels, and not with a share of them."""
+    return (
+        e
+        for e in results.evaluations
+        if not e.shuffled and e.fraction is None and math.isfinite(of(e, results.primary).mean)
+    )
 
 
 def _strongest(results: Results, names: Sequence[str], shots: int | None) -> Evaluation | None:
@@ -186,10 +191,12 @@ def _controls(results: Results, facts: EncoderFacts, best: Evaluation, shots: in
     untrained = [encoder for encoder in results.encoders if encoder.kind == "untrained"]
     own = [encoder for encoder in untrained if facts.name in controlled(encoder)]
     histograms = [encoder for encoder in results.encoders if encoder.kind == "histogram"]
+    constants = [encoder for encoder in results.encoders if encoder.kind == "constant"]
     candidates = [
         ("the same network untrained", own),
         ("an untrained network of another encoder", [] if own else untrained),
         (_histogram_name(histograms), histograms),
+        ("the mean of the training side", constants),
     ]
     rivals = [_rival(results, best, [e.name for e in group], shots, called) for called, group in candidates]
     return [rival for rival in rivals if rival is not None]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fmsuite.core.evaluation.metrics import METRICS
+from fmsuite.core.evaluation.multilabel import METRICS as MULTILABEL
+from fmsuite.core.evaluation.regression import METRICS as REGRESSION
 from fmsuite.core.evaluation.results import Results
 from fmsuite.core.reports.answer import Answer, answer
 from fmsuite.core.reports.blocks import (
@@ -22,6 +24,7 @@ from fmsuite.core.reports.blocks import (
     skipped_list,
 )
 from fmsuite.core.reports.charts import Curve, Look, shot_curves
+from fmsuite.core.reports.shares import share_figures
 from fmsuite.core.reports.sources import Comparison
 from fmsuite.core.reports.tables import (
     EncoderLine,
@@ -90,6 +93,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
     """
     results, exhibits = source.results, source.exhibits
     said = answer(results)
+    described = {**METRICS, **MULTILABEL, **REGRESSION}
     best = said.best
     marks = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     same = same_setting(results, best) if best is not None else []
@@ -109,13 +113,13 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         tables=score_tables(results, marks),
         full=full_table(results),
         metrics=[
-            (metric_name(name), METRICS[name])
+            (metric_name(name), described[name])
             for name in dict.fromkeys(name for e in results.evaluations for name in e.metrics)
-            if name in METRICS
+            if name in described
         ],
-        curves=_curves(results, marks, keys),
+        curves=[*_curves(results, marks, keys), *share_figures(results, marks, keys)],
         shuffled_curves=any(e.shuffled and e.shots is not None for e in results.evaluations),
-        matrices=[matrix(e, results.classes) for e in same],
+        matrices=[matrix(e, results.classes) for e in same if e.confusion],
         matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit)}" if best else "",
         hard=hardest(results, best) if best is not None else [],
         judged=judged(results),

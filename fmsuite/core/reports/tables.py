@@ -58,9 +58,15 @@ class ScoreTable:
     groups: list[tuple[str, list[Row]]]
 
 
+BESIDE = {"balanced_accuracy": ("auroc",), "r2": ("mae", "rmse", "pearson"), "macro_auroc": ("map",)}
+"""Metrics that have a table of their own beside the primary one."""
+ERRORS = ("mae", "rmse")
+"""Metrics of which less is better."""
+FINDING_METRICS = {"auroc": "AUROC", "map": "average precision"}
+
 GROUPS = (
     ("Encoders", ("encoder",), False),
-    ("Controls", ("untrained", "histogram"), False),
+    ("Controls", ("untrained", "histogram", "constant"), False),
     ("Controls with shuffled labels", ("encoder", "untrained", "histogram"), True),
 )
 
@@ -76,34 +82,75 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
     whole = [m for m in methods if any(e.method == m and e.shots is None for e in results.evaluations)]
     tables = []
     if whole:
-        columns = [(method_name(m), m, None) for m in whole]
+        columns: list[Column] = [(method_name(m), m, None, None, results.primary) for m in whole]
         tables.append(_table(results, f"{metric}, whole training side", "encoder", columns, marks))
+        for other in BESIDE.get(results.primary, ()):
+            columns = [(method_name(m), m, None, None, other) for m in whole]
+            caption = f"{metric_name(other)}, whole training side"
+            tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
+        tables += _finding_tables(results, whole, marks)
     for method in methods:
         shots = sorted({e.shots for e in results.evaluations if e.method == method and e.shots is not None})
         if shots:
             caption = f"{metric}, {method_name(method)}, by labelled {plural(results.unit)} a class"
-            tables.append(_table(results, caption, "encoder", [(str(k), method, k) for k in shots], marks))
+            columns = [(str(k), method, k, None, results.primary) for k in shots]
+            tables.append(_table(results, caption, "encoder", columns, marks))
+        shares = sorted({e.fraction for e in results.evaluations if e.method == method and e.fraction is not None})
+        if shares:
+            caption = f"{metric}, {method_name(method)}, by share of the training groups"
+            columns = [(share(part), method, None, part, results.primary) for part in shares]
+            columns.append(("100%", method, None, None, results.primary))
+            tables.append(_table(results, caption, "encoder", columns, marks))
     return tables
+
+
+def _finding_tables(results: Results, methods: Sequence[str], marks: dict[str, int]) -> list[ScoreTable]:
+    """Each finding by the first method: areas under the curve, and average precisions."""
+    if results.target != "findings":
+        return []
+    tables = []
+    for metric in ("auroc", "map"):
+        columns = [
+            (name, methods[0], None, None, f"{metric}/{name}")
+            for name in results.classes
+            if any(f"{metric}/{name}" in e.metrics for e in results.evaluations)
+        ]
+        if columns:
+            caption = f"{FINDING_METRICS[metric]} of each finding, {method_name(methods[0])}, whole training side"
+            tables.append(_table(results, caption, "encoder", columns, marks))
+    return tables
+
+
+Column = tuple[str, str, int | None, float | None, str]
+"""Heading, method, shots, share of the training groups, metric."""
 
 
 def _table(
     results: Results,
     caption: str,
     corner: str,
-    columns: Sequence[tuple[str, str, int | None]],
+    columns: Sequence[Column],
     marks: dict[str, int],
+    higher: bool = True,
 ) -> ScoreTable:
-    found = {(e.encoder, e.method, e.shots, e.shuffled): of(e, results.primary) for e in results.evaluations}
+    """
+    Args:
+        higher: more of the metric is better.
+    """
+    found = {(e.encoder, e.method, e.shots, e.fraction, e.shuffled): e for e in results.evaluations}
     tops = []
-    for _, method, shots in columns:
-        means = [found[key].mean for key in found if key[1:] == (method, shots, False)]
+    for _, method, shots, part, metric in columns:
+        means = [of(e, metric).mean for key, e in found.items() if key[1:] == (method, shots, part, False)]
         finite = [mean for mean in means if math.isfinite(mean)]
-        tops.append(max(finite) if len(finite) > 1 else math.nan)
+        tops.append((max(finite) if higher else min(finite)) if len(finite) > 1 else math.nan)
     groups = []
     for title, kinds, shuffled in GROUPS:
         rows = []
         for encoder in results.encoders:
-            estimates = [found.get((encoder.name, method, shots, shuffled)) for _, method, shots in columns]
+            estimates = [
+                of(found[key], metric) if (key := (encoder.name, method, shots, part, shuffled)) in found else None
+                for _, method, shots, part, metric in columns
+            ]
             if encoder.kind in kinds and any(estimates):
                 cells = [
                     Cell()
@@ -149,7 +196,8 @@ def full_table(results: Results) -> FullTable:
             estimate = of(e, name)
             deviation = "" if estimate.std is None else f"sd {decimal(estimate.std)}"
             cells.append((decimal(estimate.mean), interval(estimate), deviation))
-        rows.append(FullRow(e.encoder, method_name(e.method), shots_name(e.shots), e.shuffled, len(e.episodes), cells))
+        shots = shots_name(e.shots) if e.fraction is None else f"{share(e.fraction)} of groups"
+        rows.append(FullRow(e.encoder, method_name(e.method), shots, e.shuffled, len(e.episodes), cells))
     return FullTable([metric_name(name) for name in names], rows)
 
 
@@ -182,7 +230,8 @@ def matrix(evaluation: Evaluation, classes: Sequence[str]) -> Matrix:
 def same_setting(results: Results, best: Evaluation) -> list[Evaluation]:
     """The evaluations of every encoder with the method and shots of the best, with true labels."""
     order = {encoder.name: number for number, encoder in enumerate(results.encoders)}
-    found = [e for e in results.evaluations if not e.shuffled and e.method == best.method and e.shots == best.shots]
+    setting = (False, best.method, best.shots, best.fraction)
+    found = [e for e in results.evaluations if (e.shuffled, e.method, e.shots, e.fraction) == setting]
     return sorted(found, key=lambda e: order[e.encoder])
 
 
@@ -236,10 +285,13 @@ class Judged:
 def judged(results: Results) -> list[Judged]:
     lines: dict[tuple[int, str], list] = {}
     for item in results.items:
-        lines.setdefault((item.label, item.split or ""), []).append(item)
+        there = [code for code, value in enumerate(item.findings) if value] or [len(results.classes)]
+        for label in there if results.target == "findings" else [item.label]:
+            lines.setdefault((label, item.split or ""), []).append(item)
+    names = {"classes": results.classes, "number": ["all"], "findings": [*results.classes, "none known to be there"]}
     return [
         Judged(
-            results.classes[label],
+            names[results.target][label],
             split,
             len(items),
             len({item.group for item in items}),
@@ -259,7 +311,12 @@ class EncoderLine:
     provenance: list[tuple[str, str]] = field(default_factory=list)
 
 
-KINDS = {"encoder": "encoder", "untrained": "control: untrained", "histogram": "control: histogram"}
+KINDS = {
+    "encoder": "encoder",
+    "untrained": "control: untrained",
+    "histogram": "control: histogram",
+    "constant": "control: one answer for all",
+}
 
 
 def encoder_line(facts: EncoderFacts) -> EncoderLine:
@@ -273,4 +330,6 @@ def scale_note(results: Results) -> str:
     chance = chance_level(results.primary, len(results.classes))
     name = metric_name(results.primary)
     level = "" if chance is None else f" Chance is {decimal(chance)}."
+    if results.target == "number":
+        level = " Always answering the mean gives 0. Errors are in the unit of the number."
     return f"{name[0].upper()}{name[1:]}: 1 is perfect.{level}"

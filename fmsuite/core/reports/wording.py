@@ -15,8 +15,22 @@ METHOD_NAMES = {
     "abmil": "ABMIL",
     "linear_torch": "linear probe, torch form",
     "linear_sklearn": "linear probe, scikit-learn form",
+    "linear": "linear probe",
+    "ridge": "ridge regression",
 }
-METRIC_NAMES = {"auroc": "AUROC", "weighted_f1": "weighted F1"}
+METRIC_NAMES = {
+    "auroc": "AUROC",
+    "weighted_f1": "weighted F1",
+    "macro_auroc": "mean AUROC",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "map": "mean average precision",
+    "r2": "R²",
+    "rmse": "RMSE",
+    "mae": "mean absolute error",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
 
 
 def decimal(value: float) -> str:
@@ -43,12 +57,17 @@ def method_name(key: str) -> str:
 
 
 def metric_name(key: str) -> str:
+    metric, _, finding = key.partition("/")
+    if finding:
+        return f"{'AUROC' if metric == 'auroc' else 'AP'} of {finding}"
     return METRIC_NAMES.get(key, key.replace("_", " "))
 
 
 def chance_level(metric: str, classes: int) -> float | None:
-    """What guessing gives whatever the shares of the classes; ``None`` where it depends on them."""
-    return {"balanced_accuracy": 1 / max(classes, 1), "auroc": 0.5, "quadratic_kappa": 0.0}.get(metric)
+    """What guessing gives whatever the shares of the classes; ``None`` where it depends on them. Of R2 it is what
+    always answering the mean gives."""
+    levels = {"auroc": 0.5, "macro_auroc": 0.5, "quadratic_kappa": 0.0, "r2": 0.0}
+    return {"balanced_accuracy": 1 / max(classes, 1), **levels}.get(metric)
 
 
 def counted(count: int, unit: str) -> str:

@@ -14,6 +14,7 @@ from fmsuite.domains.medical.geometry import linear_back, to_native, turn_to_ras
 from fmsuite.domains.medical.maps import native_map
 from fmsuite.domains.medical.reader import cut
 from fmsuite.domains.medical.volumes import Volume
+from fmsuite.domains.medical.windows import to_own
 from fmsuite.errors import ReadFailure, UsageError
 
 
@@ -42,6 +43,9 @@ class VolumeScene(Scene):
         self.native_size: tuple[int, int, int] = volume.native.shape
         self.native_spacing: tuple[float, float, float] = volume.native.spacing
         self.start = start
+        ratio = np.asarray(volume.ratio)
+        self.origin: tuple[float, ...] = tuple(to_own(np.asarray(start), ratio).tolist())
+        self.pitch: tuple[float, ...] = tuple(volume.ratio)
         self._volume = volume
         self._fill = fill
         self._maps = dict(maps)

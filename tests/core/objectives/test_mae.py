@@ -179,14 +179,14 @@ def test_the_reconstruction_keeps_visible_pixels_and_a_perfect_prediction_gives_
     objective = toys.objective("mae", "thirteen_grouped", norm_pix=norm_pix)
     batch = toys.batch(objective, "thirteen_grouped")
     view = batch.views["image"][0]
-    picture = objective.reconstruct(batch)
+    picture = objective.reconstruct(batch).filled
     patches, shown = objective.grid.patchify(view.pixels), objective.grid.patchify(picture)
     assert torch.equal(shown[~view.mask], patches[~view.mask])
     assert not torch.allclose(shown[view.mask], patches[view.mask], atol=1e-2)
     target, _, mean, spread = patch_targets(objective.grid, view)
     perfect = (target - mean) / spread if norm_pix else target
     monkeypatch.setattr(objective, "predict", lambda view: (perfect, view.mask))
-    torch.testing.assert_close(objective.reconstruct(batch), view.pixels, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(objective.reconstruct(batch).filled, view.pixels, atol=1e-5, rtol=1e-5)
 
 
 def test_the_view_asked_for_follows_the_options(toys):

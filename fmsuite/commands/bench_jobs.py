@@ -1,0 +1,192 @@
+"""What ``bench`` judges: every encoder and control by every task, with all labels and with few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmsuite.commands.contenders import Contender
+from fmsuite.commands.labelled_windows import LabelledWindows
+from fmsuite.commands.target_items import TargetItems
+from fmsuite.core.evaluation.bags import Bags
+from fmsuite.core.evaluation.classifiers import find_classifier
+from fmsuite.core.evaluation.episodes import allowed_shots, draws
+from fmsuite.core.evaluation.fewshot import run
+from fmsuite.core.evaluation.findings import FINDINGS_TASKS, judge_findings
+from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS, judge_numbers
+from fmsuite.core.evaluation.results import EncoderFacts, Evaluation
+from fmsuite.core.evaluation.tiles import TASKS, judge
+from fmsuite.core.features import FeatureStore
+from fmsuite.core.seeding import derive
+
+FEWSHOT = "fewshot"
+FEWSHOT_METHOD = "simpleshot"
+SHUFFLED_TASKS = ("knn", "linear_sklearn")
+"""Tasks that every encoder is also given with shuffled labels."""
+LINEAR_TASKS = ("linear_torch", "linear_sklearn", "linear")
+"""Tasks whose answer depends on the scale of the features."""
+FEW_LABELS = ("linear_sklearn", "linear", "ridge")
+"""Tasks that are also given shares of the training groups: 20 neighbours of few would be all of them."""
+MEAN = EncoderFacts(name="mean of the training side", kind="constant", identity="mean", dim=0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation. ``shots`` are those of few-shot draws, ``fraction`` a share of the training groups; ``None`` for
+    the whole training side."""
+
+    contender: Contender
+    store: FeatureStore
+    method: str
+    shots: int | None = None
+    shuffled: bool = False
+    fraction: float | None = None
+
+
+def bags_of(windows: LabelledWindows, features: Tensor) -> Bags:
+    return Bags.of_single(features, windows.labels, windows.groups, len(windows.classes))
+
+
+def shots_of(windows: LabelledWindows, shots: Sequence[int]) -> tuple[list[int], list[str]]:
+    """What the classes allow: known before anything is embedded."""
+    bags = bags_of(windows, torch.zeros(len(windows), 1))
+    split = windows.split
+    return allowed_shots(bags, shots, split.train, split.test, names=windows.classes, unit=windows.unit)
+
+
+def class_jobs(
+    found: Sequence[Contender],
+    stores: Sequence[FeatureStore],
+    tasks: Sequence[str],
+    shots: Sequence[int],
+    controls: bool,
+    fractions: Sequence[float] = (),
+) -> Iterator[Job]:
+    for contender, store in zip(found, stores, strict=True):
+        for task in (name for name in TASKS if name in tasks):
+            yield Job(contender, store, task)
+            if controls and contender.kind == "encoder" and task in SHUFFLED_TASKS:
+                yield Job(contender, store, task, shuffled=True)
+            if task in FEW_LABELS:
+                yield from (Job(contender, store, task, fraction=share) for share in fractions)
+        for number in shots:
+            yield Job(contender, store, FEWSHOT_METHOD, number)
+
+
+def target_jobs(
+    found: Sequence[Contender], stores: Sequence[FeatureStore], tasks: Sequence[str], fractions: Sequence[float]
+) -> Iterator[Job]:
+    """Of a number or of findings."""
+    for contender, store in zip(found, stores, strict=True):
+        for task in tasks:
+            yield Job(contender, store, task)
+            if task in FEW_LABELS:
+                yield from (Job(contender, store, task, fraction=share) for share in fractions)
+
+
+def judged(
+    jobs: Iterable[Job],
+    windows: LabelledWindows,
+    episodes: int,
+    seed: int,
+    keep: bool,
+    shares: Mapping[float, Sequence[Tensor]] | None = None,
+) -> Iterator[Evaluation]:
+    """
+    Args:
+        keep: predictions of few-shot draws.
+        shares: by share of the training groups, the items of each draw.
+    """
+    split, classes = windows.split, len(windows.classes)
+    features, owner = torch.empty(0), None
+    for job in jobs:
+        name = job.contender.name
+        if owner is not job.store:
+            features, owner = windows.features(job.store), job.store
+        rescale = job.contender.kind == "histogram" and job.method in LINEAR_TASKS
+        drawn = [split.train] if job.fraction is None or shares is None else shares[job.fraction]
+        if isinstance(windows, TargetItems) and windows.kind != "classes":
+            yield _judged_target(job, windows, features, drawn, seed, rescale)
+            continue
+        if job.shots is None:
+            yield judge(
+                job.method,
+                features,
+                windows.labels,
+                windows.groups,
+                split,
+                classes,
+                encoder=name,
+                seed=seed,
+                shuffled=job.shuffled,
+                rescale=rescale,
+                share=job.fraction,
+                shown=drawn,
+            )
+            continue
+        bags = bags_of(windows, features)
+        supports = draws(bags, job.shots, episodes, seed, split.train, split.test, names=windows.classes)
+        own = derive(seed, "bootstrap")
+        evaluation = run(
+            bags,
+            job.method,
+            supports,
+            encoder=name,
+            shots=job.shots,
+            seed=own,
+            names=windows.classes,
+            unit=windows.unit,
+        )
+        if not keep:
+            for episode in evaluation.episodes:
+                episode.predictions = []
+        yield evaluation
+
+
+def _judged_target(
+    job: Job, items: TargetItems, features: Tensor, shown: Sequence[Tensor], seed: int, rescale: bool
+) -> Evaluation:
+    if items.kind == "number":
+        return judge_numbers(
+            job.method,
+            features,
+            items.labels,
+            items.groups,
+            shown,
+            items.split.test,
+            encoder=job.contender.name,
+            seed=seed,
+            fraction=job.fraction,
+        )
+    return judge_findings(
+        job.method,
+        features,
+        items.labels,
+        items.classes,
+        items.groups,
+        shown,
+        items.split.test,
+        encoder=job.contender.name,
+        seed=seed,
+        fraction=job.fraction,
+        rescale=rescale,
+    )
+
+
+def mean_control(items: TargetItems, seed: int) -> Evaluation:
+    """The mean of the training side as an answer for everyone."""
+    nothing = torch.zeros(len(items), 1)
+    shown, asked = [items.split.train], items.split.test
+    return judge_numbers(CONSTANT, nothing, items.labels, items.groups, shown, asked, encoder=MEAN.name, seed=seed)
+
+
+def title(method: str, kind: str = "classes") -> str:
+    """One sentence on a method."""
+    if kind == "number":
+        return NUMBER_TASKS[method].title
+    if kind == "findings":
+        return FINDINGS_TASKS[method].title
+    return TASKS[method].title if method in TASKS else find_classifier(method).title

@@ -1,0 +1,147 @@
+"""What the two forms of ``fmsuite bench`` share: checks, what is opened first, and what results say of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fmsuite.commands.bench_jobs import (
+    FEWSHOT,
+)
+from fmsuite.commands.comparison import Start, open_out, short_names
+from fmsuite.commands.contenders import Contender, contenders, embed_all, has_features
+from fmsuite.commands.labelled_windows import asked_options, with_labels_file
+from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, parts_of
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed import open_reader
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.encoders import Encoder
+from fmsuite.core.evaluation.results import Evaluation
+from fmsuite.core.evaluation.statistics import MIN_GROUPS, describe
+from fmsuite.core.evaluation.tiles import SHUFFLED_INTERVAL
+from fmsuite.core.features import FeatureStore
+from fmsuite.core.training.precision import choose_device
+from fmsuite.domains.base import Domain, Progress
+from fmsuite.errors import UsageError, nearest
+from fmsuite.tiling.parts import discard_parts
+
+log = logging.getLogger("fmsuite")
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is there before anything is embedded."""
+
+    start: Start
+    plugin: Domain
+    whole: SampleIndex
+    models: dict[str, Encoder]
+    skipped: SkippedLog
+    paths: list[Path]
+    parts: Path
+    options: dict[str, Any]
+    """Of embedding."""
+
+    def embedded(
+        self, index: SampleIndex, out: Path, controls: bool, command: Sequence[str]
+    ) -> tuple[list[Contender], list[FeatureStore]]:
+        found = contenders(self.models, self.plugin.input_spec(index), controls)
+        reader = open_reader(self.plugin, index)
+        stores = embed_all(found, index, reader, out, skipped=self.skipped, command=command, **self.options)
+        discard_parts(self.parts)
+        return found, stores
+
+
+def open_bench(
+    domain: str,
+    encoders: Sequence[str],
+    data: Sequence[Path],
+    out: Path,
+    recipe: str | None,
+    overrides: Sequence[str],
+    strict: bool,
+    device: Literal["auto", "cpu", "cuda"],
+    progress: Progress,
+    batch_size: int | None,
+    workers: int,
+) -> Opened:
+    start = Start()
+    place = choose_device(device)
+    paths, overrides = with_labels_file([Path(path) for path in data], overrides)
+    models = {name: open_encoder(what) for name, what in zip(short_names(encoders), encoders, strict=True)}
+    # An index says itself how its windows are read.
+    followed = [] if any(path.suffix == ".parquet" for path in paths) else models.values()
+    plugin = open_domain(domain, domain_options(domain, overrides, recipe, followed))
+    parts = parts_of(out / "index.parquet")
+    skipped = open_out(out, "bench", strict, keep_skipped=has_features(out) or parts.is_dir())
+    paths = paths or [_example_data(plugin)]
+    plugin, whole = open_index(plugin, paths, skipped, progress, asked_options(overrides), parts=parts, processes=None)
+    options = {"batch_size": batch_size, "workers": workers, "device": place, "progress": progress}
+    return Opened(start, plugin, whole, models, skipped, paths, parts, options)
+
+
+def check(
+    encoders: Sequence[str],
+    tasks: Sequence[str],
+    names: Sequence[str],
+    shots: Sequence[int],
+    episodes: int,
+    batch_size: int | None,
+) -> None:
+    if not encoders:
+        raise UsageError("No encoder was named.", "Give at least one with --encoder: a run folder, a file, timm:NAME.")
+    twice = next((what for number, what in enumerate(encoders) if what in encoders[:number]), None)
+    if twice is not None:
+        raise UsageError(f"The encoder {twice} is named twice.", "Name each once.")
+    if not tasks:
+        raise UsageError("No task was named.", f"Known: {', '.join(names)}.")
+    for task in tasks:
+        if task not in (ALL, *names):
+            raise UsageError(f"There is no task '{task}'.", nearest(task, (ALL, *names)))
+    if {ALL, FEWSHOT} & set(tasks) and (not shots or min(shots) < 1 or episodes < 1):
+        listed = ", ".join(map(str, shots)) or "none"
+        raise UsageError(f"Shots ({listed}) and episodes ({episodes}) must be at least 1.")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"A batch of {batch_size} windows.", "Use 1 or more.")
+
+
+def intervals(evaluations: Sequence[Evaluation], kind: str = "classes") -> str:
+    if kind != "classes":
+        return (
+            "95% percentile bootstrap: groups that were asked, which no split divides, drawn with replacement 1,000 "
+            "times, the metric averaged over the draws of a share. It says what other groups to ask would change, not "
+            f"what other examples to train on would. None where fewer than {MIN_GROUPS} groups were asked."
+        )
+    return f"{describe()} {SHUFFLED_INTERVAL}" if any(e.shuffled for e in evaluations) else describe()
+
+
+def _example_data(plugin: Domain) -> Path:
+    folder = Path("example-data") / f"{plugin.name}-0"
+    log.info("No --data: comparing on example data in %s.", folder)
+    return plugin.example_data(folder, 0)
+
+
+def shared_controls(found: Sequence[Contender]) -> list[str]:
+    return [
+        f"'{contender.name}' is the control of {', '.join(contender.of)}, which have one architecture and input."
+        for contender in found
+        if len(contender.of) > 1
+    ]
+
+
+def inputs_of(
+    paths: Sequence[Path], index: str, metadata: dict, encoders: dict[str, Encoder], labels: Path | None = None
+) -> dict[str, str]:
+    """Data, labels files and encoders, each with a hash."""
+    tables = [Path(file) for file in (metadata.get("labels") or {}).get("files", [])]
+    tables += [labels] if labels is not None else []
+    return {
+        **{str(path): index for path in paths},
+        **{str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in tables if file.is_file()},
+        **{name: encoder.identity for name, encoder in encoders.items()},
+    }

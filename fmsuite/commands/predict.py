@@ -1,0 +1,156 @@
+"""``fmsuite predict``: what a fine-tuned network says of files that nobody has labelled."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmsuite.commands.finetune_judge import file_stem, window_means
+from fmsuite.commands.setup import open_domain, open_index
+from fmsuite.core.adaptation.network_files import Network, load_network
+from fmsuite.core.adaptation.scenes import scene_scores
+from fmsuite.core.adaptation.task import Segmentation
+from fmsuite.core.config import apply_overrides, validate
+from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
+from fmsuite.core.training.precision import choose_device
+from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
+from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.labels import LabelOptions
+
+TABLE = "predictions.csv"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """
+    Attributes:
+        files: that were written.
+        skipped: one sentence on what could not be used; empty if everything was.
+    """
+
+    files: list[Path]
+    skipped: str
+
+
+def predict(
+    model: Path,
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    overlap: float = 0.5,
+    batch: int = 4,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    progress: Progress = no_progress,
+) -> Predicted:
+    """Label maps on the files' own grids (segmentation), or ``predictions.csv`` with a line for each source.
+
+    Files are read as the network's training data were, without label maps and labels files.
+
+    Args:
+        model: folder with ``network.safetensors``.
+        overlap, batch: see ``sliding_window``.
+        overrides: ``data.key=value`` items, where the files need another way of reading.
+
+    Raises:
+        UsageError: if there is no network, or the files cannot be its input.
+    """
+    if not 0 <= overlap < 1:
+        raise UsageError(f"An overlap of {overlap} is out of range.", "Use 0 to less than 1; 0.5 is common.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: this is a file.", "Choose another folder with --out.")
+    network = load_network(model)
+    plain = choose_device(device)  # type: ignore[arg-type]
+    domain = open_domain(network.domain, _options(network, overrides))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE_NAME).unlink(missing_ok=True)
+    skipped = SkippedLog(out / FILE_NAME, strict)
+    domain, index = open_index(domain, list(sources), skipped, progress)
+    differences = network.spec.differences(domain.input_spec(index))
+    if differences:
+        raise UsageError(
+            f"The network's input and the files differ: {'; '.join(differences)}.", "Read them as it expects it."
+        )
+    network.task.to(plain)
+    if isinstance(network.task, Segmentation):
+        files = _label_maps(network.task, network, domain, index, out, overlap, batch, plain, skipped, progress)
+    else:
+        files = [_table(network, domain, index, out, batch, plain, skipped, progress)]
+    return Predicted(files, skipped.summary())
+
+
+def _options(network: Network, overrides: Sequence[str]) -> Any:
+    raw = {key: value for key, value in network.data.items() if key not in {"maps", *LabelOptions.model_fields}}
+    kind = load_domain(network.domain).Options
+    if issubclass(kind, LabelOptions):
+        raw["labels"] = "none"
+    asked = apply_overrides({"data": raw}, overrides)
+    return validate(kind, asked["data"], "data", "command line")
+
+
+def _label_maps(
+    task: Segmentation,
+    network: Network,
+    domain: Domain,
+    index: SampleIndex,
+    out: Path,
+    overlap: float,
+    batch: int,
+    device: torch.device,
+    skipped: SkippedLog,
+    progress: Progress,
+) -> list[Path]:
+    files = []
+    stems = [file_stem(Path(source).name) for source in index.sources]
+    twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"Several files are called {twice}.", "Predict them into folders of their own.")
+    for source, stem in progress(list(zip(index.sources, stems, strict=True)), len(stems), "Predicting"):
+        try:
+            scene = domain.scene(index, source)
+            scores = scene_scores(task, network.spec, scene, overlap=overlap, batch=batch, device=device)
+        except ReadFailure as failure:
+            skipped.add_failure(failure)
+            continue
+        files.append(scene.write(scene.labels_to_native(scores), out / stem))
+    return files
+
+
+def _table(
+    network: Network,
+    domain: Domain,
+    index: SampleIndex,
+    out: Path,
+    batch: int,
+    device: torch.device,
+    skipped: SkippedLog,
+    progress: Progress,
+) -> Path:
+    sources = index.sources
+    number = {source: place for place, source in enumerate(sources)}
+    owners = [number[index[row].source] for row in range(len(index))]
+    means = window_means(
+        network,
+        domain,
+        index,
+        list(range(len(index))),
+        owners,
+        batch,
+        device,
+        skipped,
+        lambda items, total: progress(items, total, "Predicting"),
+    )
+    path = out / TABLE
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", *network.classes))
+        writer.writerows((source, *means[place]) for place, source in enumerate(sources) if place in means)
+    return path
