@@ -117,9 +117,7 @@ def test_series_of_one_folder_are_sources_and_patients_their_groups(tmp_path: Pa
     assert index.sources == [str(study / "alone"), str(study / "mixed" / "1.2.840.10"), str(study / "mixed" / "A0")]
     groups = {source: index.where("source", source)[0].group for source in index.sources}
     assert list(groups.values()) == ["alone", "anna", "anna"]
-    assert [(Path(e.path).name, e.reason) for e in skipped.entries] == [
-        ("mixed", "1 files are not DICOM, such as notes.")
-    ]
+    assert [(Path(e.path).name, e.reason) for e in skipped.entries] == [("mixed", "not DICOM: notes. It is left out.")]
     index.write(tmp_path / "i.parquet")
     reader = domain.reader(SampleIndex.read(tmp_path / "i.parquet"))
     window = index.where("source", str(study / "mixed" / "1.2.840.10"))[0]
@@ -296,6 +294,11 @@ FAULTS = {
     "private syntax": (each(private), "private or unknown transfer syntax"),
     "decoder that is not installed": (each(uninstalled), "Install pylibjpeg"),
     "truncated": (cut, "damaged or cut short"),
+    "one place": (
+        each(lambda data: tags(ImagePositionPatient=[0, 0, 0], EchoTime=data.InstanceNumber)(data)),
+        "a single",
+    ),
+    "mosaic": (each(tags(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])), "a mosaic"),
     "colour": (each(tags(SamplesPerPixel=3)), "a colour image"),
     "frames without places": (each(tags(NumberOfFrames=2)), "2 frames that do not say where"),
 }

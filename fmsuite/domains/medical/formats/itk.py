@@ -30,6 +30,8 @@ from fmsuite.errors import ReadFailure
 META = (".mha", ".mhd")
 NRRD = (".nrrd", ".nhdr")
 SUFFIXES = (*META, *NRRD)
+HEADERS = (".mhd", ".nhdr")
+"""Whose voxels usually are in another file."""
 BESIDE = (".raw", ".zraw", ".raw.gz", ".img")
 """Of the files that hold the voxels of a header beside them."""
 _HEADER_BYTES = 1 << 20
