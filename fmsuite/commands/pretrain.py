@@ -450,8 +450,8 @@ def _sampler(
     shared = set(index.sources) & set(held_out.sources)
     if shared:
         raise UsageError(
-            f"{len(shared)} sources, such as {min(shared)}, have windows outside the split '{config.training.split}' too, "
-            "which windows drawn anew would show (training.windows=random).",
+            f"{len(shared)} sources, such as {min(shared)}, have windows in other splits than "
+            f"'{config.training.split}', too, which windows drawn anew would show (training.windows=random).",
             "Use training.windows=fixed, split by source, or train on all windows with training.split=null.",
         )
     return RandomWindows(index, domain.input_spec(index).size)

@@ -60,7 +60,7 @@ def test_random_windows_are_refused_where_windows_cannot_move(
     )
     assert ran.code == 2
     assert "6 sources, such as " in ran.text
-    assert "have windows outside the split 'train' too" in ran.text
+    assert "have windows in other splits than 'train', too" in ran.text
     drawings = tmp_path / "drawings"
     drawings.mkdir()
     for number in range(4):

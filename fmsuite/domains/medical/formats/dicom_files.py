@@ -61,7 +61,7 @@ def header_of(path: str) -> Any:
     """
     pydicom = require("pydicom")
     try:
-        header = _parsed(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+        header = parsed(path, stop_before_pixels=True, specific_tags=list(_TAGS))
     except pydicom.errors.InvalidDicomError as error:
         if Path(path).suffix.lower() in SUFFIXES:
             raise ReadFailure(path, "open", "not a DICOM file.", "Fetch it again, or leave it out.") from error
@@ -75,7 +75,7 @@ def header_of(path: str) -> Any:
     return header
 
 
-def _parsed(path: str, **options: Any) -> Any:
+def parsed(path: str, **options: Any) -> Any:
     """
     Raises:
         InvalidDicomError: if it is not DICOM.
@@ -181,11 +181,11 @@ def voxels_of(path: str) -> tuple[list[Slice], np.ndarray]:
     """
     pydicom = require("pydicom")
     try:
-        data = _parsed(path)
+        data = parsed(path)
     except pydicom.errors.InvalidDicomError as error:
         raise ReadFailure(path, "read", "not a DICOM file any more.", "Tile again.") from error
     slices = slices_of(path, os.path.basename(path), data)
-    _check_syntax(path, data)
+    check_syntax(path, data)
     try:
         stored = data.pixel_array
     # Each decoder has errors of its own, and damaged streams raise more kinds than they document.
@@ -204,7 +204,7 @@ def voxels_of(path: str) -> tuple[list[Slice], np.ndarray]:
     return slices, _rescaled(path, data, stored)
 
 
-def _check_syntax(path: str, data: Any) -> None:
+def check_syntax(path: str, data: Any) -> None:
     """
     Raises:
         ReadFailure: if nothing that is installed decodes its voxels.
