@@ -64,7 +64,8 @@ def bench(
         tasks: names in ``tiles.TASKS``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
         seed: of the split, the draws, the shuffles and the bootstrap.
         controls: also judge the same architectures untrained, a histogram of the values, and shuffled labels.
-        recipe: take the windows that this recipe trains on; the domain's own defaults if not given.
+        recipe: take the windows that this recipe trains on; if not given, those that the first encoder which says how
+            its files were read was trained on, or the domain's own defaults.
         overrides: ``key=value`` items for single ``data:`` options of the domain.
         batch_size, workers, device: of embedding; see ``commands.embed``.
 

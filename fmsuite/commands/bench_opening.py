@@ -73,8 +73,10 @@ def open_bench(
     start = Start()
     place = choose_device(device)
     paths, overrides = with_labels_file([Path(path) for path in data], overrides)
-    plugin = open_domain(domain, domain_options(domain, overrides, recipe))
     models = {name: open_encoder(what) for name, what in zip(short_names(encoders), encoders, strict=True)}
+    # An index says itself how its windows are read.
+    followed = [] if any(path.suffix == ".parquet" for path in paths) else models.values()
+    plugin = open_domain(domain, domain_options(domain, overrides, recipe, followed))
     parts = parts_of(out / "index.parquet")
     skipped = open_out(out, "bench", strict, keep_skipped=has_features(out) or parts.is_dir())
     paths = paths or [_example_data(plugin)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,14 @@ def open_domain(name: str, options: BaseModel) -> Domain:
     return load_domain(name)(options)  # type: ignore[arg-type]
 
 
-def domain_options(name: str, overrides: Sequence[str], recipe: str | None = None) -> BaseModel:
-    """A domain's ``data:`` options: its defaults or a recipe's, with ``data.key=value`` or ``key=value`` overrides.
+def domain_options(
+    name: str, overrides: Sequence[str], recipe: str | None = None, encoders: Iterable[Encoder] = ()
+) -> BaseModel:
+    """A domain's ``data:`` options: a recipe's; without one, those that read files as they were read for the first of
+    the encoders that says how; or else the domain's defaults. Then ``data.key=value`` or ``key=value`` overrides.
+
+    Whoever names encoders checks them against the input that comes of it (``Encoder.check_input``): an override, or the
+    next encoder, may contradict the first.
 
     Raises:
         UsageError: for unknown keys and recipes.
@@ -132,9 +138,19 @@ def domain_options(name: str, overrides: Sequence[str], recipe: str | None = Non
     defaults: dict[str, Any] = {}
     if recipe is not None:
         defaults = _recipe_of(name, recipe).raw.get("data") or {}
+    else:
+        defaults = options_of_encoders(name, encoders)
     items = [item if item.startswith("data.") else f"data.{item}" for item in overrides]
     raw = apply_overrides({"data": defaults}, items)
     return validate(plugin.Options, raw["data"], "data", "command line")
+
+
+def options_of_encoders(name: str, encoders: Iterable[Encoder]) -> dict[str, Any]:
+    """The ``data:`` options, as plain values, under which a domain reads files as they were read for the first of the
+    encoders that says how; none of them if none does."""
+    specs = (encoder.spec for encoder in encoders)
+    followed = next((spec for spec in specs if spec.reading is not None and spec.reading.domain == name), None)
+    return {} if followed is None else load_domain(name).options_like(followed)
 
 
 def open_index(

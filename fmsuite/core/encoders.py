@@ -24,10 +24,12 @@ from fmsuite.core.backbones.timm_layout import load_equal, to_timm
 from fmsuite.core.backbones.timm_models import open_timm
 from fmsuite.core.backbones.vit import VisionTransformer
 from fmsuite.core.backbones.weights import read_checkpoint, recognise, unwrap
+from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import View
 from fmsuite.core.inputs import InputSpec, Normalize
+from fmsuite.core.plugins import load_plugin
 from fmsuite.core.weight_files import METADATA_KEY, contiguous, write_weights
-from fmsuite.errors import FmsuiteError, UsageError
+from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"
@@ -92,6 +94,31 @@ class Encoder(nn.Module):
             UsageError: as ``features``.
         """
         return self.features(pixels).pooled(self.pooling).float()
+
+    def read(self, path: str | Path) -> View:
+        """A file, read as those were that the encoder was trained on: its orientation, spacing and intensities.
+
+        Returns:
+            (N, C, *size) raw values, a row for each window that ``fmsuite tile`` would find in the file, in that order;
+            an image that is one window is one row. ``embed`` and ``features`` take them.
+
+        Raises:
+            UsageError: if the encoder does not say how files are read, or its domain is not installed.
+            ReadFailure: if the file, or a window of it, cannot be read.
+        """
+        reading = self.spec.reading
+        if reading is None:
+            raise UsageError(
+                "This encoder does not say how files are read.",
+                "Read the pixels yourself, as encoder.spec describes them, or use `fmsuite tile` and `fmsuite embed`.",
+            )
+        index, reader, spec = load_plugin(reading.domain).open_file(self.spec, path)
+        windows = WholeWindows(index, reader, spec, self.spec.size, self.backbone.grid)
+        batch, skipped = windows[range(len(index))]
+        if skipped or batch is None:
+            raise ReadFailure(str(path), skipped[0].stage, skipped[0].reason)
+        (view,) = batch.views[IMAGE]
+        return view
 
     def check_input(self, spec: InputSpec) -> None:
         """Refuse data that this encoder was not made for.

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from fmsuite.core.data.adjust import adjusted
@@ -37,6 +44,64 @@ class Channel(BaseModel):
     std: float = Field(default=1.0, gt=0)
 
 
+Plan = Literal["window", "zscore", "percentile", "minmax"]
+"""How intensities of different images become comparable; see ``Reading``."""
+
+
+class Reading(BaseModel):
+    """What a domain's reader does to each image, before its values are the raw ones that an encoder takes.
+
+    Attributes:
+        domain: whose reader it is.
+        modality: what kind of image it is, as the domain calls it: ``"ct"``, ``"mr"``, ``"xray"``.
+        plan: ``window``: nothing, as values have a unit and ``InputSpec.clip`` is a window of it. ``zscore``: values
+            are clipped to ``percentiles`` of the image; minus their mean, divided by their standard deviation.
+            ``percentile``: these percentiles become 0 and 1, what is outside is clipped. ``minmax``: the smallest and
+            the largest value become 0 and 1.
+        percentiles: for plans that use them.
+        foreground: statistics of the image are those of its foreground, as the domain finds it; otherwise of all of it.
+        size: samples of a window along each axis as it is read, before it is resized to ``InputSpec.size``.
+        framing: which part of an image a window shows, where the domain has a choice.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    domain: str
+    modality: str
+    plan: Plan
+    percentiles: tuple[float, float] | None = None
+    foreground: bool = False
+    size: tuple[int, ...]
+    framing: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Reading:
+        if (self.plan in ("zscore", "percentile")) != (self.percentiles is not None):
+            raise ValueError(f"the plan '{self.plan}' and percentiles {self.percentiles} do not go together")
+        return self
+
+    def said(self) -> str:
+        """The plan in words."""
+        if self.percentiles is None:
+            return self.plan
+        low, high = self.percentiles
+        place = "the foreground" if self.foreground else "the whole image"
+        return f"{self.plan} (percentiles {low:g} and {high:g} of {place})"
+
+    def differences(self, other: Reading) -> list[str]:
+        """Sentences naming what differs in meaning; not ``size``, to which an image is only resized."""
+        found = []
+        if self.domain != other.domain:
+            found.append(f"domain {self.domain} against {other.domain}")
+        if self.modality != other.modality:
+            found.append(f"modality {self.modality} against {other.modality}")
+        if self.said() != other.said():
+            found.append(f"intensity {self.said()} against {other.said()}")
+        if self.framing != other.framing:
+            found.append(f"framing {self.framing} against {other.framing}")
+        return found
+
+
 class InputSpec(BaseModel):
     """The contract between a reader and a backbone, saved in ``encoder.json`` with every encoder.
 
@@ -50,6 +115,7 @@ class InputSpec(BaseModel):
         spacing: physical length of a sample along each axis of ``size``, in ``spacing_unit``; ``None`` where unknown.
         orientation: the directions in which voxel axes grow, for volumes (``"RAS"``).
         bag: the input is (N, D) vectors at ``axes`` coordinates rather than a grid; ``size`` is then empty.
+        reading: what is done to an image before its values are raw; ``None`` where nothing is, or it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +130,7 @@ class InputSpec(BaseModel):
     spacing_unit: Literal["um", "mm", "m", "px"] = "px"
     orientation: str | None = None
     bag: bool = False
+    reading: Reading | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> InputSpec:
@@ -78,6 +145,14 @@ class InputSpec(BaseModel):
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip {self.clip} is empty")
         return self
+
+    @model_serializer(mode="wrap")
+    def _described(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Inputs without a reading are described as they were before there was any, and so keep their identity."""
+        found = usual(self)
+        if self.reading is None:
+            found.pop("reading", None)
+        return found
 
     @property
     def in_chans(self) -> int:
@@ -127,9 +202,10 @@ class InputSpec(BaseModel):
         raise UsageError(f"size {size} does not fit the axes {self.axes}.", "Give one number, or one for each axis.")
 
     def differences(self, other: InputSpec) -> list[str]:
-        """Sentences naming what differs in meaning: channels, axes, spacing (by more than 5%), orientation, and what
-        raw values mean (scale, offset, clip). Not size, and not mean and std, which belong to whoever normalises."""
-        found = []
+        """Sentences naming what differs in meaning: how images are read (where both say so), channels, axes, spacing
+        (by more than 5%), orientation, and what raw values mean (scale, offset, clip). Not size, and not mean and std,
+        which belong to whoever normalises."""
+        found = self.reading.differences(other.reading) if self.reading and other.reading else []
         if self.axes != other.axes:
             found.append(f"axes {self.axes} against {other.axes}")
         if self.channel_names != other.channel_names:
@@ -142,9 +218,29 @@ class InputSpec(BaseModel):
             pairs = list(zip(self.spacing, other.spacing, strict=True))
             if self.spacing_unit != other.spacing_unit or any(not math.isclose(a, b, rel_tol=0.05) for a, b in pairs):
                 found.append(f"spacing {self.spacing} {self.spacing_unit} against {other.spacing} {other.spacing_unit}")
-        if (self.scale, self.offset, self.clip) != (other.scale, other.offset, other.clip):
-            found.append("intensity scale, offset or clip")
+        if not self._same_values(other):
+            found.append(f"intensity {self._values_said()} against {other._values_said()}")
         return found
+
+    def _same_values(self, other: InputSpec) -> bool:
+        """Whether raw values become the same, but for what rounding makes of a window."""
+        if self.clip != other.clip or not math.isclose(self.scale, other.scale, rel_tol=1e-5):
+            return False
+        return math.isclose(self.offset, other.offset, rel_tol=1e-5, abs_tol=1e-5)
+
+    def _values_said(self) -> str:
+        if self.clip is None:
+            return f"scale {self.scale:g} and offset {self.offset:g}"
+        low, high = self.window
+        return f"window {low:g} to {high:g} (becoming {self.clip[0]:g} to {self.clip[1]:g})"
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """The raw values that ``clip`` leaves as they are, from the lowest to the highest; infinite without one."""
+        if self.clip is None:
+            return -math.inf, math.inf
+        low, high = sorted((end - self.offset) / self.scale for end in self.clip)
+        return low, high
 
 
 class Normalize(nn.Module):

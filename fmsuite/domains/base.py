@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +17,10 @@ from fmsuite.core.data.reader import Augmentation, Reader
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec
-from fmsuite.errors import UsageError, nearest
+from fmsuite.core.plugins import load_plugin, plugin_names
+from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.table import join_tables, windows_table
 from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
-
-ENTRY_POINT_GROUP = "fmsuite.domains"
 
 Progress = Callable[[Iterable, int, str], Iterable]
 """``progress(items, total, title)`` yields the items and shows how far along they are."""
@@ -107,6 +106,51 @@ class Domain(ABC):
         """How many sources ``index_source`` may look at, each in a thread of its own: more than 1 where it waits for
         other processes, which do the work."""
         return 1
+
+    @classmethod
+    def options_like(cls, spec: InputSpec) -> dict[str, Any]:
+        """The ``data:`` options, as plain values, under which this domain reads files as ``spec`` says that the files
+        of an encoder's training were read.
+
+        Raises:
+            UsageError: if the domain's inputs do not say how its files are read.
+        """
+        raise UsageError(
+            f"The inputs of the domain '{cls.name}' do not say how its files are read.",
+            "Make an index with `fmsuite tile`, and read its windows.",
+        )
+
+    @classmethod
+    def open_file(cls, spec: InputSpec, path: str | Path) -> tuple[SampleIndex, Reader, InputSpec]:
+        """The windows of one file, or of a folder that is one source, read as those of an encoder's training were.
+
+        Returns:
+            the index that ``fmsuite tile`` would make of the file with ``options_like(spec)``, its reader and input.
+
+        Raises:
+            UsageError: as ``options_like``, or if there is no such file.
+            ReadFailure: if nothing of it can be used, or it is several sources.
+        """
+        without_labels = {"labels": "none"} if "labels" in cls.Options.model_fields else {}
+        domain = cls(cls.Options.model_validate({**cls.options_like(spec), **without_labels}))
+        log = SkippedLog()
+        try:
+            sources = domain.find_sources([Path(path)], log)
+            looked = [(task, domain.index_source(task)) for task in sources.tasks]
+            settled = domain.settle_sources([SourceFacts(task, found.facts) for task, found in looked], log)
+            if settled is not None:
+                looked = [(task, domain.index_source(task)) for task in settled]
+            if len(looked) != 1:
+                raise ReadFailure(str(path), "open", f"{len(looked)} {domain.units.source}s.", "Name one of them.")
+            ((task, found),) = looked
+            if found.rows is None or not len(found.rows):
+                raise ReadFailure(str(path), "read", found.notes[0].reason if found.notes else "it holds no window.")
+            index = join_tables([windows_table([found.rows])], {})
+            metadata = domain.index_metadata(index, [SourceFacts(task, found.facts)], log)
+        finally:
+            domain.close()
+        index.metadata = {"domain": cls.name, **sources.metadata, **metadata}
+        return index, domain.reader(index), domain.input_spec(index)
 
     @abstractmethod
     def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
@@ -205,7 +249,7 @@ class Domain(ABC):
 
 def domain_names() -> list[str]:
     """Names of the installed domains, without importing any."""
-    return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)})
+    return plugin_names()
 
 
 def load_domain(name: str) -> type[Domain]:
@@ -213,15 +257,4 @@ def load_domain(name: str) -> type[Domain]:
     Raises:
         UsageError: for an unknown name (with the nearest known one), or if the domain's libraries are not installed.
     """
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name == name:
-            try:
-                return entry.load()
-            except ModuleNotFoundError as error:
-                if (error.name or "fmsuite").partition(".")[0] == entry.module.partition(".")[0]:
-                    raise
-                raise UsageError(
-                    f"The domain '{name}' needs {error.name}, which is not installed.",
-                    f"Install it with `pip install 'fmsuite[{name.replace('_', '-')}]'`.",
-                ) from error
-    raise UsageError(f"There is no domain '{name}'.", nearest(name, domain_names()))
+    return load_plugin(name)

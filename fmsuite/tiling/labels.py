@@ -171,7 +171,7 @@ def assign_labels(
         for name in unmatched:
             skipped.add(name, "labels", f"{table} names it, and no such source was found. Correct the line.")
     sides += [(known.group or places.get(path), known.split) for path, known in found.items()]
-    _refuse_shared_groups(sides, _listed(tables))
+    refuse_shared_groups(sides, _listed(tables))
     return Assigned(found, tuple(tables), rows)
 
 
@@ -318,7 +318,16 @@ class _Names:
         return []
 
 
-def _refuse_shared_groups(pairs: Iterable[tuple[str | None, str | None]], where: str) -> None:
+def refuse_shared_groups(pairs: Iterable[tuple[str | None, str | None]], where: str) -> None:
+    """Refuse groups that stand on several sides of a split.
+
+    Args:
+        pairs: group and side.
+        where: what says so, for the message.
+
+    Raises:
+        UsageError: naming some of them.
+    """
     sides: dict[str, set[str]] = defaultdict(set)
     for group, split in pairs:
         if group is not None and split is not None:

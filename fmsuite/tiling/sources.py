@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,10 @@ class SourceFile:
 
 
 def find_files(
-    paths: Sequence[str | os.PathLike], suffixes: Iterable[str], what: str = "usable files"
+    paths: Sequence[str | os.PathLike],
+    suffixes: Iterable[str],
+    what: str = "usable files",
+    also: Callable[[str], bool] | None = None,
 ) -> list[SourceFile]:
     """Every file with one of the suffixes, folders searched through, in an order that depends on names alone.
 
@@ -45,6 +48,7 @@ def find_files(
         paths: files and folders.
         suffixes: such as ``".svs"`` or ``".nii.gz"``, in any case.
         what: what to call such files in an error message.
+        also: says of a file's name whether it is looked for as well: some formats have no suffix.
 
     Raises:
         UsageError: if no path is given, one does not exist or cannot be listed, or a given folder holds no such file.
@@ -56,7 +60,7 @@ def find_files(
     for given in paths:
         root = Path(os.path.abspath(os.path.expanduser(given)))
         if root.is_dir():
-            inside = [p for p in _walk(root) if p.name.lower().endswith(endings)]
+            inside = [p for p in _walk(root) if p.name.lower().endswith(endings) or (also is not None and also(p.name))]
             if not inside:
                 raise UsageError(
                     f"{given}: this folder holds no {what}.", f"Looked for files that end in {', '.join(endings)}."

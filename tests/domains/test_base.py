@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fmsuite.commands.cohort import units_of
-from fmsuite.domains import base
+from fmsuite.core import plugins
 from fmsuite.domains.base import Units, domain_names, load_domain
 from fmsuite.errors import UsageError
 
@@ -55,7 +55,7 @@ def test_a_name_like_no_other_is_answered_with_all() -> None:
     ("domain", "words"),
     [
         ("pathology", ("tile", "slide", "patient")),
-        ("medical", ("window", "volume", "patient")),
+        ("medical", ("window", "image", "patient")),
         ("remote_sensing", ("window", "raster", "scene")),
         ("svg", ("drawing", "drawing", "group")),
     ],
@@ -76,8 +76,8 @@ def broken_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The only installed domain, ``remote_sensing``; its module imports a library that is not there."""
     (tmp_path / "plugin_in_need.py").write_text("import a_library_that_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint("remote_sensing", "plugin_in_need:Domain", base.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(base, "entry_points", lambda group: [entry])
+    entry = EntryPoint("remote_sensing", "plugin_in_need:Domain", plugins.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
     return entry.name
 
 
@@ -115,7 +115,7 @@ def test_the_core_imports_no_domain_library() -> None:
 
 def test_every_domain_that_the_project_declares_can_be_loaded() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
-    domains = declared[base.ENTRY_POINT_GROUP]
+    domains = declared[plugins.ENTRY_POINT_GROUP]
     assert set(domains) == set(BUILT_IN)
     for name, target in domains.items():
-        assert EntryPoint(name, target, base.ENTRY_POINT_GROUP).load().name == name
+        assert EntryPoint(name, target, plugins.ENTRY_POINT_GROUP).load().name == name

@@ -331,5 +331,5 @@ def scale_note(results: Results) -> str:
     name = metric_name(results.primary)
     level = "" if chance is None else f" Chance is {decimal(chance)}."
     if results.target == "number":
-        level = " Always answering the mean gives 0. Errors are in the unit of the column; ▲ marks the least of them."
+        level = " Always answering the mean gives 0. Errors are in the unit of the number."
     return f"{name[0].upper()}{name[1:]}: 1 is perfect.{level}"

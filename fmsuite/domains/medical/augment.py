@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from fmsuite.core.inputs import InputSpec
 from fmsuite.domains.medical.volumes import monai_transforms
 from fmsuite.errors import UsageError
 
-LEFT_RIGHT = 2
-"""Position of the left-right axis in (z, y, x) of a RAS volume."""
 TURN = math.radians(10)
 ZOOM = 0.1
 BLUR = (0.5, 1.0)
@@ -46,6 +44,11 @@ class VolumeAugmentation:
         flip_left_right: mirror the patient's sides as well.
     """
 
+    left_right: ClassVar[int] = 2
+    """Position of the left-right axis among the input's."""
+    mirrored: ClassVar[tuple[int, ...]] = (0, 1)
+    """Positions of the axes that are mirrored unasked."""
+
     def __init__(self, spec: InputSpec, flip_left_right: bool = False) -> None:
         self.spec = spec
         self.flip_left_right = flip_left_right
@@ -63,11 +66,11 @@ class VolumeAugmentation:
     ) -> ArraySample:
         if strength not in AUGMENT:
             raise UsageError(f"There is no augmentation '{strength}'.", f"Known: {', '.join(AUGMENT)}.")
-        if strength == "none":
+        strong = strength == "strong"
+        if strength == "none" or not (strong or self._flips):
             return sample
         import torch
 
-        strong = strength == "strong"
         seed = int(generator.integers(2**32))
         valid = sample.valid
         if valid is None and strong:
@@ -97,7 +100,7 @@ class VolumeAugmentation:
 
     def _intensities(self, second: bool, generator: np.random.Generator) -> Adjustment:
         """Blur, noise, scale, shift and gamma of network values, in terms of raw ones."""
-        sigma = np.sqrt(generator.uniform(*BLUR, size=3) ** 2 + VOXEL_VARIANCE)
+        sigma = np.sqrt(generator.uniform(*BLUR, size=len(self.spec.axes)) ** 2 + VOXEL_VARIANCE)
         blurs, noisy, scales, shifts, curves = generator.random(5) < (
             BLUR_PROBABILITY[second],
             NOISE_PROBABILITY,
@@ -139,6 +142,10 @@ class VolumeAugmentation:
             turns.append(TURN if max(first, other) < EQUAL_SPACING * min(first, other) else 0.0)
         return tuple(turns)
 
+    @property
+    def _flips(self) -> list[int]:
+        return [*self.mirrored, *([self.left_right] if self.flip_left_right else [])]
+
     def _pipeline(self, strong: bool, keys: tuple[str, ...], turns: tuple[float, ...]) -> Any:
         known = (strong, keys, turns)
         if known not in self._pipelines:
@@ -147,17 +154,32 @@ class VolumeAugmentation:
 
     def _build(self, strong: bool, keys: tuple[str, ...], turns: tuple[float, ...]) -> Any:
         monai = monai_transforms()
-        axes = [axis for axis in range(3) if axis != LEFT_RIGHT or self.flip_left_right]
-        steps = [monai.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
+        steps = [monai.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in self._flips]
         if strong:
             steps += [
                 monai.RandAffined(
                     keys,
                     prob=0.5,
                     rotate_range=turns,
-                    scale_range=(ZOOM,) * 3,
+                    scale_range=(ZOOM,) * len(self.spec.axes),
                     mode=["nearest" if key.startswith("map:") else "bilinear" for key in keys],
                     padding_mode=["border" if key == "values" else "zeros" for key in keys],
                 )
             ]
         return monai.Compose(steps)
+
+
+class XrayAugmentation(VolumeAugmentation):
+    """The same for X-rays.
+
+    weak: nothing, unless ``flip_left_right`` asks for mirror images: the heart is on one side, and a projection has no
+    other plane in which a body is alike. strong: a rotation by up to 10 degrees, a zoom by up to 10 % along each axis,
+    blur, noise, scale, shift and gamma, as for volumes.
+    """
+
+    left_right: ClassVar[int] = 1
+    mirrored: ClassVar[tuple[int, ...]] = ()
+
+    def _turns(self, sample: ArraySample) -> tuple[float, ...]:
+        """An X-ray is read with square pixels, and a crop's change of aspect ratio is small."""
+        return (TURN,)

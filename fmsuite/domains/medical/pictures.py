@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.inputs import InputSpec
+from fmsuite.domains.medical.maps import stem
 from fmsuite.domains.medical.reader import VolumeReader, voxel_box
 from fmsuite.tiling.preview import picture_path
 
@@ -35,6 +36,11 @@ def montage(values: np.ndarray, spec: InputSpec, spacing: Sequence[float] | None
     scale = _stretch(spacing or spec.spacing)
     panels = [_plane(grey, plane, grey.shape[plane[0]] // 2, scale) for plane in PLANES]
     return _side_by_side([panel[..., None] for panel in panels])
+
+
+def grey_picture(values: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """(H, W) raw values to (H, W, 3) uint8, black and white where the spec's intensity window ends."""
+    return np.repeat(_grey(values, spec)[..., None], 3, axis=2)
 
 
 def draw_windows(index: SampleIndex, reader: VolumeReader, spec: InputSpec, folder: Path) -> list[Path]:
@@ -65,7 +71,7 @@ def draw_windows(index: SampleIndex, reader: VolumeReader, spec: InputSpec, fold
                     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, panel.width), min(y1, panel.height)
                     draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR)
             panels.append(np.asarray(panel))
-        path = picture_path(folder, number, Path(source).name.removesuffix(".gz").removesuffix(".nii"))
+        path = picture_path(folder, number, stem(Path(source).name))
         Image.fromarray(_side_by_side(panels)).save(path)
         written.append(path)
     return written
@@ -84,7 +90,7 @@ def _side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _grey(volume: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """(z, y, x) raw values to uint8 within the intensity window."""
+    """Raw values to uint8 within the intensity window, shape kept."""
     scaled = volume.astype(np.float32) * spec.scale + spec.offset
     low, high = spec.clip or MR_WINDOW
     return (np.clip((scaled - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)

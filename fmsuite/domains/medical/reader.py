@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ class VolumeReader:
         intensities: by source, for MR; ``None`` leaves values as they are.
         cached: volumes to keep.
         maps: templates of label maps by name, see ``maps.map_path``.
+        series: slices of the sources that are DICOM series, see ``volumes.read_stored``.
     """
 
     anywhere: ClassVar[bool] = True
@@ -46,6 +47,7 @@ class VolumeReader:
         intensities: Mapping[str, Intensity] | None,
         cached: int,
         maps: Mapping[str, str] | None = None,
+        series: Mapping[str, Sequence[tuple[str, int | None]]] | None = None,
     ) -> None:
         self.fill = fill
         opener = partial(
@@ -56,6 +58,7 @@ class VolumeReader:
             fill=fill,
             intensities=intensities,
             maps=dict(maps or {}),
+            series=dict(series or {}),
         )
         self._volumes: HandleCache[Volume] = HandleCache(opener, _forget, limit=cached)
 
@@ -130,8 +133,9 @@ def _open(
     fill: float,
     intensities: Mapping[str, Intensity] | None,
     maps: Mapping[str, str],
+    series: Mapping[str, Sequence[tuple[str, int | None]]],
 ) -> Volume:
-    volume = load_volume(path, spacing, channels, assume_orientation)
+    volume = load_volume(path, spacing, channels, assume_orientation, series.get(path))
     for name, template in maps.items():
         volume.maps[name] = nearest(read_map(path, volume.native, name, template), volume.ratio, volume.shape)
     if intensities is not None:

@@ -14,6 +14,7 @@ told where voxels are to lie.)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -21,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from fmsuite.domains.medical.formats.base import Grid, Stored, require
-from fmsuite.domains.medical.formats.nifti import SUFFIXES as SUFFIXES
-from fmsuite.domains.medical.formats.nifti import read as read_nifti
+from fmsuite.domains.medical.formats import dicom, itk, nifti
+from fmsuite.domains.medical.formats.base import Grid, Stored, check_shape, require
 from fmsuite.errors import ReadFailure
 
 SPACING_TOLERANCE = 1e-3
 """Millimetres; a volume this close to the asked spacing is not resampled."""
+SUFFIXES = (*nifti.SUFFIXES, *itk.SUFFIXES, *dicom.SUFFIXES)
 AXIS_LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -91,21 +92,37 @@ def resampling(
     return (ratio[0], ratio[1], ratio[2]), (length[0], length[1], length[2])
 
 
-def read_stored(path: str, channels: int, assume_orientation: bool) -> Stored:
-    """A file's voxels along its own axes.
+def read_stored(
+    path: str, channels: int, assume_orientation: bool, pieces: Sequence[tuple[str, int | None]] | None = None
+) -> Stored:
+    """A source's voxels along its own axes, by its format.
 
     Args:
-        path: a source.
-        channels: how many volumes the file must hold.
+        path: a file, or a folder of one DICOM series.
+        channels: how many volumes it must hold.
         assume_orientation: accept a file that does not say how it lies in the patient.
+        pieces: the slices of a DICOM series, as ``formats.dicom.Stack.pieces``; found out if not given.
 
     Raises:
-        ReadFailure: for whatever is wrong with the file.
+        ReadFailure: for whatever is wrong with it.
     """
-    return read_nifti(path, channels, assume_orientation)
+    name = os.path.basename(path).lower()
+    if pieces is not None or os.path.isdir(path) or name.endswith(dicom.SUFFIXES):
+        stored = dicom.read(path, pieces)
+        check_shape(path, (*stored.grid.shape, 1), channels)
+        return stored
+    if name.endswith(itk.SUFFIXES):
+        return itk.read(path, channels, assume_orientation)
+    return nifti.read(path, channels, assume_orientation)
 
 
-def load_volume(path: str, spacing: Sequence[float] | None, channels: int, assume_orientation: bool) -> Volume:
+def load_volume(
+    path: str,
+    spacing: Sequence[float] | None,
+    channels: int,
+    assume_orientation: bool,
+    pieces: Sequence[tuple[str, int | None]] | None = None,
+) -> Volume:
     """Read, orient to RAS, then resample.
 
     Args:
@@ -113,6 +130,7 @@ def load_volume(path: str, spacing: Sequence[float] | None, channels: int, assum
         spacing: (z, y, x) millimetres, or ``None`` for the file's own voxels.
         channels: how many volumes the file must hold.
         assume_orientation: accept a file that does not say how it lies in the patient.
+        pieces: the slices of a DICOM series, see ``read_stored``.
 
     Raises:
         ReadFailure: for whatever is wrong with the file.
@@ -120,7 +138,7 @@ def load_volume(path: str, spacing: Sequence[float] | None, channels: int, assum
     import torch
 
     transforms = monai_transforms()
-    stored = read_stored(path, channels, assume_orientation)
+    stored = read_stored(path, channels, assume_orientation, pieces)
     image = _to_ras(stored, transforms)
     finite: Any = torch.isfinite(image).all(dim=0, keepdim=True)
     if not bool(finite.any()):
