@@ -176,7 +176,8 @@ def similarity(
 
 def to_samples(scores: Tensor, tokens: TokenMap) -> Tensor:
     """(*tokens) scores to (*size), interpolated linearly between the centres of valid tokens; not a number where none
-    is near. For a cosine this is the inner product with the interpolated directions."""
+    is near. For a cosine this is the inner product with the interpolated directions, whose length is below 1 where the
+    patches around differ: even the clicked sample gets less than 1 unless it is the middle of a patch."""
     dims = len(tokens.patch)
     grid = [count * step for count, step in zip(scores.shape, tokens.patch, strict=True)]
     kept = torch.where(tokens.valid, scores, 0.0)
