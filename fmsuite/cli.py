@@ -228,6 +228,7 @@ def pack(
         bool,
         typer.Option("--whole", help="Copy all of each source that its windows cover: windows can then lie anywhere."),
     ] = False,
+    half: Annotated[bool, typer.Option("--half", help="Keep values of whole sources in half precision.")] = False,
     processes: Annotated[int, typer.Option(min=0, help="That read and write, a shard each; 0: this one alone.")] = 0,
     shard_windows: Annotated[
         int | None, typer.Option(min=1, help="Windows in a shard; as many as half a gigabyte holds, if absent.")
@@ -239,7 +240,7 @@ def pack(
     from fmsuite.commands import pack as command
 
     if verify:
-        if index is not None or whole or shard_windows is not None or processes or strict:
+        if index is not None or whole or half or shard_windows is not None or processes or strict:
             raise UsageError("--verify only checks what is in --out.", "Leave out the other options.")
         damaged = command.check(out, console_progress)
         for name, wrong in damaged:
@@ -257,6 +258,7 @@ def pack(
         index,
         out,
         whole=whole,
+        half=half,
         shard_windows=shard_windows,
         processes=processes,
         strict=strict,

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.cluster import ray_cluster
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+YOUNG = 50_000
+"""Objects between two looks of the garbage collector, whose 700 would take a tenth of the time of every test."""
+gc.set_threshold(YOUNG)
+
+# The same examples every time: a suite that fails at times tells less than one that does not.
+settings.register_profile("fmsuite", derandomize=True, deadline=None)
+settings.load_profile("fmsuite")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays, and need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -129,20 +129,16 @@ def _finetune(
     config: FinetuneConfig, out: Path, strict: bool, progress: Progress, command: Sequence[str], start: Start
 ) -> Finetuned:
     skipped = SkippedLog(out / FILE_NAME, strict)
-    opened = load_encoder(config.encoder)
-    domain, index = _index(config, out, skipped, progress)
-    opened.check_input(domain.input_spec(index))
-    table = None if config.targets is None else Path(config.targets)
-    data = collect(config, domain, index, skipped, table)
+    setup, whole = set_up(config, out, skipped, progress, command)
+    data = setup.data
     plans = [
         RunPlan(arm, fraction, seed, fold)
         for arm, fraction, seed, fold in itertools.product(
             config.arms, sorted(config.few.fractions), config.few.seeds, data.folds
         )
     ]
-    setup = Setup(config, data, opened, out, skipped, progress, command, {})
     arms = [_arm(setup, arm) for arm in config.arms]
-    setup = Setup(config, data, opened, out, skipped, progress, command, _points(setup))
+    setup = replace(setup, points=_points(setup))
     log.info("%s", data.said)
     runs: list[TunedRun] = []
     for number, plan in enumerate(plans, start=1):
@@ -154,10 +150,30 @@ def _finetune(
                 return Finetuned(out, None, None, stopped, skipped.summary())
             judged = _judge(setup, plan)
         runs.append(judged)
-    results = collect_results(setup, arms, runs, index, command, start)
+    results = collect_results(setup, arms, runs, whole, command, start)
     results.write(out)
     page = report([out], out / "report.html")
     return Finetuned(out, results, page, None, skipped.summary())
+
+
+def set_up(
+    config: FinetuneConfig,
+    out: Path,
+    skipped: SkippedLog,
+    progress: Progress = no_progress,
+    command: Sequence[str] = (),
+) -> tuple[Setup, SampleIndex]:
+    """What all runs share, but for the points that windows are centred on, and the whole index.
+
+    Raises:
+        UsageError: if the data are not the encoder's input, or cannot be learned from.
+    """
+    opened = load_encoder(config.encoder)
+    domain, index = _index(config, out, skipped, progress)
+    opened.check_input(domain.input_spec(index))
+    table = None if config.targets is None else Path(config.targets)
+    data = collect(config, domain, index, skipped, table)
+    return Setup(config, data, opened, out, skipped, progress, command, {}), index
 
 
 def _index(config: FinetuneConfig, out: Path, skipped: SkippedLog, progress: Progress) -> tuple[Domain, SampleIndex]:

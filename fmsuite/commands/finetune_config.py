@@ -166,6 +166,10 @@ class FinetuneConfig(Section):
         """Of a segmentation."""
         return self.task.get("label_map") if self.task_name == "segmentation" else None
 
+    @property
+    def _tune(self) -> str:
+        return str(self.task.get("tune", "full"))
+
     def data_options(self) -> DomainOptions:
         return validate(load_domain(self.domain).Options, self.data, "data", "task")
 
@@ -179,9 +183,11 @@ class FinetuneConfig(Section):
             UsageError: for options that the task does not have, or that do not go together.
         """
         asked = {**self.task, **arm.task}
-        if arm.task.get("tune", asked.get("tune")) != self.task.get("tune", "full") or arm.task.get("scratch"):
-            # Options of the main arm's way of tuning say nothing about another.
-            asked = {key: value for key, value in asked.items() if key in arm.task or key not in _OF_TUNING}
+        scratch = bool(arm.task.get("scratch"))
+        if scratch or arm.task.get("tune", self._tune) != self._tune:
+            # Options of the task's own way of tuning say nothing about another.
+            others = _OF_TUNING if scratch else _OF_TUNING | {"backbone_lr"}
+            asked = {key: value for key, value in asked.items() if key in arm.task or key not in others}
         return validate(TASKS[self.task_name].Config, {**asked, **fixed}, "task", f"arm '{arm.name}'")  # type: ignore[return-value]
 
     def arm_optim(self, arm: ArmOptions) -> OptimConfig:

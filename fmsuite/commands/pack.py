@@ -66,6 +66,7 @@ def pack(
     out: Path,
     *,
     whole: bool = False,
+    half: bool = False,
     shard_windows: int | None = None,
     processes: int = 0,
     strict: bool = False,
@@ -78,6 +79,7 @@ def pack(
         index: of ``fmsuite tile``.
         out: a folder; its ``index.parquet`` then stands for the index.
         whole: keep all of each source that its windows cover, so that windows at any place can be read.
+        half: keep floating-point values of whole sources in half precision: half of the disk, and other last digits.
         shard_windows: windows in a shard; as many as ``SHARD_BYTES`` hold, if not given.
         processes: that read and write, a shard (or a source) each; 0 does it in this one.
 
@@ -90,6 +92,8 @@ def pack(
         raise UsageError(f"{index}: this is the packed copy itself.", "Choose another folder with --out.")
     if whole and shard_windows is not None:
         raise UsageError("A shard of --whole is a source.", "Leave out --shard-windows.")
+    if half and not whole:
+        raise UsageError("--half is for whole sources.", "Add --whole, or leave it out.")
     reader = open_reader(domain, windows)
     if whole and not getattr(reader, "anywhere", False):
         raise UsageError(
@@ -105,7 +109,7 @@ def pack(
         _refuse_other_kind(out, whole)
         copy: _Windows | _Sources
         if whole:
-            copy = _Sources(index, windows, out, _source_packing(windows, domain.name, out))
+            copy = _Sources(index, windows, out, _source_packing(windows, domain.name, half, out))
         else:
             copy = _Windows(index, windows, out, _packing(windows, reader, domain.name, out, shard_windows))
         todo = copy.unfinished()
@@ -188,7 +192,7 @@ class _Sources:
 
     @property
     def work(self) -> Callable[[], _Packer]:
-        return partial(_source_packer, self.path, self.out)
+        return partial(_source_packer, self.path, self.out, self.packing.half)
 
     def finish(self, skipped: SkippedLog) -> None:
         finish_sources(self.index, self.out, self.packing, skipped)
@@ -215,11 +219,11 @@ def _window_packer(index: Path, out: Path, packing: Packing) -> _Packer:
     return _Packer(out, partial(pack_block, windows, open_reader(domain, windows), out, packing))
 
 
-def _source_packer(index: Path, out: Path) -> _Packer:
+def _source_packer(index: Path, out: Path, half: bool) -> _Packer:
     domain, windows = _opened(index)
     # A domain without scenes has the base class's method, which only refuses.
     scene = None if type(domain).scene is Domain.scene else partial(open_scene, domain, windows)
-    origins = Origins(windows, domain.input_spec(windows).size, open_reader(domain, windows), scene)
+    origins = Origins(windows, domain.input_spec(windows).size, open_reader(domain, windows), scene, half)
     return _Packer(out, partial(pack_source, origins, out))
 
 
@@ -242,19 +246,26 @@ def _refuse_other_kind(out: Path, whole: bool) -> None:
         raise UsageError(f"{out}: a packed copy of {found} is in this folder.", "Choose another folder with --out.")
 
 
-def _source_packing(index: SampleIndex, domain: str, out: Path) -> SourcePacking:
+def _source_packing(index: SampleIndex, domain: str, half: bool, out: Path) -> SourcePacking:
     """That of the folder, or a new one.
 
     Raises:
-        UsageError: if the folder's is of another index.
+        UsageError: if the folder's is of another index, or of another precision.
     """
-    wanted = SourcePacking(len(index.sources), index.hash, domain)
+    wanted = SourcePacking(len(index.sources), index.hash, domain, half)
     if not (out / PACKING).exists():
         _refuse_other_files(out)
         wanted.write(out)
-    elif SourcePacking.read(out) != wanted:
+        return wanted
+    found = SourcePacking.read(out)
+    if (found.index_hash, found.domain) != (wanted.index_hash, wanted.domain):
         raise UsageError(f"{out}: the packed copy of another index is in this folder.", "Choose another with --out.")
-    return wanted
+    if found.half != half:
+        raise UsageError(
+            f"{out}: its values are kept in {'half' if found.half else 'full'} precision.",
+            f"{'Add' if found.half else 'Leave out'} --half, or choose another folder with --out.",
+        )
+    return found
 
 
 def _refuse_other_files(out: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 from pydantic import BaseModel
 
+from fmsuite.commands.filling import draw_reconstructions
 from fmsuite.commands.pairs import join_pairs
 from fmsuite.commands.setup import open_domain, open_index, parts_of, read_run_config, resolve_run
 from fmsuite.core import distributed
@@ -299,6 +300,18 @@ def _pretrain(
                 encoder = whole_objective.encoder
                 save_encoder(run.path, encoder, encoder.spec, whole_objective.pooling, provenance)
                 whole_objective.export(run.path)
+                watched, unseen = (held_out, True) if len(held_out) else (index, False)
+                draw_reconstructions(
+                    whole_objective,
+                    domain,
+                    reader,
+                    watched,
+                    run,
+                    skipped,
+                    seed=config.seed,
+                    step=result.step,
+                    held_out=unseen,
+                )
     return Pretrained(run.path, result.step, total_steps, result.stopped_by, skipped.summary(), main)
 
 

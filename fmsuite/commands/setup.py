@@ -139,12 +139,18 @@ def domain_options(
     if recipe is not None:
         defaults = _recipe_of(name, recipe).raw.get("data") or {}
     else:
-        specs = (encoder.spec for encoder in encoders)
-        followed = next((spec for spec in specs if spec.reading is not None and spec.reading.domain == name), None)
-        defaults = {} if followed is None else plugin.options_like(followed)
+        defaults = options_of_encoders(name, encoders)
     items = [item if item.startswith("data.") else f"data.{item}" for item in overrides]
     raw = apply_overrides({"data": defaults}, items)
     return validate(plugin.Options, raw["data"], "data", "command line")
+
+
+def options_of_encoders(name: str, encoders: Iterable[Encoder]) -> dict[str, Any]:
+    """The ``data:`` options, as plain values, under which a domain reads files as they were read for the first of the
+    encoders that says how; none of them if none does."""
+    specs = (encoder.spec for encoder in encoders)
+    followed = next((spec for spec in specs if spec.reading is not None and spec.reading.domain == name), None)
+    return {} if followed is None else load_domain(name).options_like(followed)
 
 
 def open_index(

@@ -8,17 +8,25 @@ signal ended it).
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import sys
 
 import torch
-import torch._dynamo
 
 from fmsuite import cli
 
-with contextlib.suppress(ImportError):
-    import torch.utils.tensorboard
+SLOW = (
+    *(f"fmsuite.commands.{name}" for name in ("embed", "launch", "pretrain", "tile")),
+    "fmsuite.domains.pathology.domain",
+    "pandas",
+    "pyarrow.dataset",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+)
+"""What commands, and libraries at their first use, import."""
 
 
 def become(request: dict) -> None:
@@ -34,6 +42,11 @@ def become(request: dict) -> None:
 
 def serve() -> None:
     torch.set_num_threads(1)
+    for name in SLOW:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # The collector of a forked process need not look at them, nor copy their pages.
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:

@@ -147,6 +147,8 @@ def test_the_command_says_what_it_did_what_is_damaged_and_what_it_refuses(
         (["--index", index, "--out", out], "a packed copy of whole sources is in this folder"),
         (["--whole", "--index", volumes[1], "--out", out], "packed copy of another index"),
         (["--whole", "--index", index, "--out", tmp_path / "x", "--shard-windows", 9], "Leave out --shard-windows"),
+        (["--whole", "--half", "--index", index, "--out", out], "its values are kept in full precision"),
+        (["--half", "--index", index, "--out", tmp_path / "x"], "--half is for whole sources"),
         (["--whole", "--verify", "--out", out], "Leave out the other options"),
         (["--whole", "--index", tissue, "--out", tmp_path / "y"], "SlideReader reads windows of one size only"),
     ):

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 
 from fmsuite.commands.setup import resolve_run
+from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.encoders import load_encoder
+from fmsuite.core.reports.reconstructions import Reconstructions
 from fmsuite.core.training.checkpoint import load_checkpoint
 from fmsuite.domains.base import domain_names
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "runs.md"
 STEPS = 24
-SOMETIMES = ("skipped.csv", "pairs.parquet", "tokenizer.safetensors", "tokenizer.json", "logs/")
+SOMETIMES = ("skipped.csv", "reconstructions/", "pairs.parquet", "tokenizer.safetensors", "tokenizer.json", "logs/")
 """Files of runs that skipped something, of some objectives, and of several processes."""
 METRICS = {"loss", "lr", "weight_decay", "grad_norm", "samples_per_second", "data_wait"}
 
@@ -240,6 +242,12 @@ def test_a_run_leaves_what_the_documentation_promises(
     losses = [line["loss"] for line in read_metrics(run) if "loss" in line]
     if objective == "mae":
         assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4]), losses
+    filled = Reconstructions.read(run)
+    assert (filled is not None) == (objective == "mae")
+    if filled is not None:
+        assert (filled.step, len(filled.samples)) == (steps, min(4, len(SampleIndex.read(run / "index.parquet"))))
+        assert all(0 < float(sample.error or 0) < 4 for sample in filled.samples)
+        assert all(Image.open(run / sample.file).width >= 160 for sample in filled.samples)
 
 
 @pytest.mark.parametrize("domain", domain_names())

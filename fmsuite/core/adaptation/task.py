@@ -27,13 +27,20 @@ from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.data.sample import Batch, PairRequest, View, ViewRequest
 from fmsuite.core.inputs import SPATIAL_AXES
-from fmsuite.core.objectives.base import Objective, StepContext, crop_size
+from fmsuite.core.objectives.base import Objective, ParameterRule, StepContext, crop_size
 from fmsuite.core.objectives.single_view import VIEW, ViewOptions
 from fmsuite.errors import UsageError
 
 
 class TaskConfig(TuningOptions, ViewOptions):
-    """The options of ``TuningOptions`` and of ``ViewOptions``."""
+    """The options of ``TuningOptions`` and of ``ViewOptions``.
+
+    Attributes:
+        backbone_lr: factor of the backbone's learning rate, beside that of ``optim.layer_decay``: a decoder that starts
+            from nothing wants more than a transformer bears.
+    """
+
+    backbone_lr: float = Field(default=1.0, gt=0)
 
 
 class Task(Objective):
@@ -55,6 +62,9 @@ class Task(Objective):
 
     def view_requests(self) -> tuple[ViewRequest, ...]:
         return (self.config.request(VIEW, self.size),)
+
+    def parameter_rule(self, name: str) -> ParameterRule:
+        return ParameterRule(lr_scale=self.config.backbone_lr if name.startswith("backbone.") else 1.0)
 
     def train(self, mode: bool = True) -> Task:
         """A frozen backbone stays in evaluation mode: no drop-path, and no batch statistics that follow the data."""

@@ -92,11 +92,10 @@ class BoxArray:
             [_part(k, edge, a, n) for k in range(a // edge, -(-(a + n) // edge))]
             for a, n, edge in zip(start, size, self.chunk, strict=True)
         ]
-        for cell in itertools.product(*parts):
-            slot = 0
-            for (k, _, _), count in zip(cell, self._grid, strict=True):
-                slot = slot * count + k
-            decoded = self._shard.read(slot, self.chunk, self.dtype)
+        cells = list(itertools.product(*parts))
+        places = np.array([[number for number, _, _ in cell] for cell in cells])
+        slots = np.ravel_multi_index(tuple(places.T), self._grid).tolist()
+        for cell, decoded in zip(cells, self._shard.read_each(slots, self.chunk, self.dtype), strict=True):
             out[tuple(part[2] for part in cell)] = decoded[tuple(part[1] for part in cell)]
         return out
 

@@ -50,11 +50,13 @@ class SourcePacking:
         sources: how many the index has; they are numbered in its order.
         index_hash: of the index.
         domain: its domain.
+        half: floating-point values are kept in half precision.
     """
 
     sources: int
     index_hash: str
     domain: str
+    half: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> SourcePacking:
@@ -106,6 +108,7 @@ class PackedSource:
         low, pitch: where what is kept begins, and how long a sample is, in the coordinates of ``Window.position``.
         size: samples that are kept along each axis.
         spacing: as in ``ArraySample``.
+        dtype: of the values as they are read, which may be kept in half precision.
         arrays: names of its arrays.
         scene: its scene, if the domain has them.
     """
@@ -116,6 +119,7 @@ class PackedSource:
     pitch: tuple[float, ...]
     size: tuple[int, ...]
     spacing: tuple[float, ...] | None
+    dtype: str
     arrays: tuple[str, ...]
     scene: SceneFacts | None
 
@@ -126,7 +130,7 @@ class PackedSource:
             scene = SceneFacts(**{name: tuple(value) for name, value in scene.items()})
         lists = {name: tuple(raw[name]) for name in ("low", "pitch", "size", "arrays")}
         spacing = None if raw["spacing"] is None else tuple(raw["spacing"])
-        return cls(raw["source"], raw["number"], spacing=spacing, scene=scene, **lists)
+        return cls(raw["source"], raw["number"], spacing=spacing, dtype=raw["dtype"], scene=scene, **lists)
 
     def place(self, position: Sequence[float]) -> tuple[int, ...]:
         """The sample that begins at a position."""
@@ -149,7 +153,7 @@ def check_table(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 class PackedScenes:
     """Reads windows at any place of a packed copy of whole sources: what the domain's own reader gives there, bit for
-    bit.
+    bit (unless the copy was made in half precision).
 
     Only the chunks that a window touches are read, through the page cache that all processes share; nothing decoded is
     kept.
@@ -215,7 +219,7 @@ class PackedScenes:
         if valid is not None and not valid.any():
             raise ReadFailure(kept.source, "read", "a window without a valid sample.", "It is left out.")
         return ArraySample(
-            arrays[VALUES],
+            arrays[VALUES].astype(kept.dtype, copy=False),
             None if valid is None or valid.all() else valid,
             spacing=kept.spacing,
             maps={unquote(name.removeprefix(MAP)): array for name, array in arrays.items() if name.startswith(MAP)},

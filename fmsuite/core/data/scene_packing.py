@@ -44,12 +44,14 @@ class Origins:
         size: samples of a window, as in ``InputSpec.size``.
         reader: reads windows at any place, of any extent.
         scene: ``Domain.scene`` of the index, where the domain has scenes.
+        half: keep floating-point values in half precision.
     """
 
     index: SampleIndex
     size: tuple[int, ...]
     reader: Reader
     scene: Callable[[str], Scene] | None = None
+    half: bool = False
 
 
 def pack_source(origins: Origins, folder: Path, number: int) -> None:
@@ -69,9 +71,14 @@ def pack_source(origins: Origins, folder: Path, number: int) -> None:
         skipped = [failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip()]
         write_json(home / RECORD, {"source": source, "skipped": skipped, "files": {}})
         return
+    except UsageError:
+        raise
+    except Exception as error:
+        error.add_note(f"This happened in {source}.")
+        raise
     files: dict[Path, tuple[int, str]] = {}
     for name, values in _arrays(sample).items():
-        files |= write_boxes(home / name, values, len(kept.size))
+        files |= write_boxes(home / name, _halved(source, values) if origins.half else values, len(kept.size))
     named = {path.relative_to(folder).as_posix(): facts for path, facts in files.items()}
     write_json(home / RECORD, {**asdict(kept), "files": named})
 
@@ -118,10 +125,30 @@ def _whole(origins: Origins, source: str, number: int) -> tuple[PackedSource, Ar
         tuple(pitch.tolist()),
         size,
         None if sample.spacing is None else tuple(map(float, sample.spacing)),
+        sample.values.dtype.name,
         tuple(_arrays(sample)),
         None if scene is None else SceneFacts.of(scene),
     )
     return kept, sample
+
+
+def _halved(source: str, values: Array) -> Array:
+    """
+    Raises:
+        UsageError: if a value is too large for half precision.
+    """
+    if values.dtype.kind != "f":
+        return values
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    finite = np.isfinite(values)
+    if not np.isfinite(half[finite]).all():
+        raise UsageError(
+            f"{source} has values of up to {np.abs(values[finite]).max():g}, and half precision ends at "
+            f"{np.finfo(np.float16).max:g}.",
+            "Pack it without --half.",
+        )
+    return half
 
 
 def _arrays(sample: ArraySample) -> dict[str, Array]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -152,13 +153,31 @@ class ShardFile:
         Raises:
             Damaged: if there is none, or it is not as it was written.
         """
-        offset, length = (int(value) for value in self._index[slot])
-        if offset == _ABSENT:
-            raise Damaged(self.path, f"it has no window at place {slot}")
-        try:
-            packed = os.pread(self._file, length, offset)
-        except OSError as error:
-            raise Damaged(self.path, str(error.strerror)) from error
+        (values,) = self.read_each([slot], shape, dtype)
+        return values
+
+    def read_each(self, slots: Sequence[int], shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The windows at some slots, in order; those that follow each other in the file are read at once.
+
+        Raises:
+            Damaged: as ``read``.
+        """
+        entries = self._index[np.asarray(slots)]
+        for slot, (offset, _) in zip(slots, entries.tolist(), strict=True):
+            if offset == _ABSENT:
+                raise Damaged(self.path, f"it has no window at place {slot}")
+        gaps = np.flatnonzero(entries[1:, 0] != entries[:-1].sum(axis=1)) + 1
+        for run in np.split(np.arange(len(slots)), gaps):
+            first, length = int(entries[run[0], 0]), int(entries[run, 1].sum())
+            try:
+                data = os.pread(self._file, length, first)
+            except OSError as error:
+                raise Damaged(self.path, str(error.strerror)) from error
+            for number in run.tolist():
+                begin, length = int(entries[number, 0]) - first, int(entries[number, 1])
+                yield self._decoded(slots[number], data[begin : begin + length], length, shape, dtype)
+
+    def _decoded(self, slot: int, packed: bytes, length: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         if len(packed) != length or not _sound(packed):
             raise Damaged(self.path, f"the window at place {slot} is damaged")
         values = np.empty(shape, dtype=dtype.newbyteorder("<"))

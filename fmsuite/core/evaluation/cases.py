@@ -139,8 +139,8 @@ class Panel(Record):
         rank: among the cases of ``arm`` at ``fraction``, by the primary metric.
         case: position in ``FinetuneResults.cases``.
         value: of the primary metric.
-        file: relative to the results: an ``.npz`` with ``image`` (*size) float32, ``truth`` and ``prediction`` (*size)
-            uint8 on the input's grid (of a volume, (z, y, x)), and ``spacing`` (axes,).
+        file: relative to the results: an ``.npz`` of the slices to show, on the input's grid; see
+            ``reports.case_slices.CaseSlices``.
     """
 
     arm: str

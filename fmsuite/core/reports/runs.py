@@ -12,6 +12,7 @@ from typing import Any
 from fmsuite.core.reports.answer import Answer, Finding
 from fmsuite.core.reports.blocks import Figure, Repeat, Shown, SkippedList, data_uri, skipped_list
 from fmsuite.core.reports.charts import MOST_POINTS, Curve, step_curves
+from fmsuite.core.reports.reconstructions import STAGES
 from fmsuite.core.reports.sources import Run
 from fmsuite.core.reports.wording import decimal
 
@@ -30,6 +31,8 @@ class RunSection:
     curves: list[Figure]
     warnings: list[tuple[int, str]]
     views: Shown | None
+    filled: list[Shown]
+    filled_how: str
     input: list[tuple[str, str]]
     config: str
     skipped: SkippedList
@@ -62,12 +65,40 @@ def run_section(source: Run, key: str, keys: Iterator[str]) -> RunSection:
         curves=_curves(source.metrics, [step for step, _ in warnings], keys),
         warnings=warnings,
         views=views,
+        filled=_filled(source),
+        filled_how=_filled_how(source),
         input=_input(source.encoder),
         config=source.config_text,
         skipped=skipped_list(source.skipped),
         repeat=_repeat(source.facts),
         notes=notes,
     )
+
+
+def _filled(source: Run) -> list[Shown]:
+    if source.reconstructions is None:
+        return []
+    shown = []
+    for sample in source.reconstructions.samples:
+        picture = source.filled.get(sample.file)
+        caption = Path(sample.source).name
+        if sample.error is not None:
+            caption += f": hidden values are off by {sample.error:.2f} standard deviations (root mean square)"
+        alt = f"{sample.source}: {', '.join(STAGES)}."
+        shown.append(Shown("" if picture is None else data_uri(picture), alt, caption))
+    return shown
+
+
+def _filled_how(source: Run) -> str:
+    found = source.reconstructions
+    if found is None:
+        return ""
+    order = "From top to bottom" if found.upright else "From left to right"
+    whose = "Windows that were not trained on" if found.held_out else "Windows that were trained on"
+    said = f"{whose}, after step {found.step:,}. {order}: {', '.join(STAGES)}, where values that were not hidden stay."
+    if found.given_statistics:
+        said += " The network predicts each hidden patch up to its mean and contrast; these are taken from the input."
+    return said
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -14,6 +14,7 @@ from fmsuite.core.evaluation.results import RESULTS, Results
 from fmsuite.core.reports.exhibits import EXHIBITS, Exhibits
 from fmsuite.core.reports.exhibits import FORMAT as EXHIBITS_FORMAT
 from fmsuite.core.reports.files import json_object, skipped_lines
+from fmsuite.core.reports.reconstructions import Reconstructions
 from fmsuite.core.reports.tuned import Tuned, is_tuned, read_tuned
 from fmsuite.core.training.metrics import read_metrics
 from fmsuite.core.training.run_folder import RunFolder
@@ -49,6 +50,7 @@ class Run:
         metrics: the lines of ``metrics.jsonl``.
         encoder: ``encoder.json``; empty while the run is not finished.
         views: ``views.png``.
+        reconstructions, filled: what the objective filled in, and the pictures of it by their files.
         notes: what the folder lacks, in sentences.
     """
 
@@ -59,6 +61,8 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     encoder: dict[str, Any] = field(default_factory=dict)
     views: bytes | None = None
+    reconstructions: Reconstructions | None = None
+    filled: dict[str, bytes] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -187,5 +191,11 @@ def _run(run: RunFolder) -> Run:
     facts = run.facts()
     if not isinstance(facts, dict) or not isinstance(config, dict):
         raise UsageError(f"{run.path}: run.json or config.yaml is not a mapping.", "Restore or remove it.")
+    found, filled = Reconstructions.read(run.path), dict[str, bytes]()
+    for sample in [] if found is None else found.samples:
+        if (run.path / sample.file).is_file():
+            filled[sample.file] = (run.path / sample.file).read_bytes()
+        else:
+            notes.append(f"The picture {run.path / sample.file} is missing.")
     skipped = skipped_lines(run.skipped_path)
-    return Run(str(run.path), facts, config, text, metrics, encoder, views, skipped, notes)
+    return Run(str(run.path), facts, config, text, metrics, encoder, views, found, filled, skipped, notes)

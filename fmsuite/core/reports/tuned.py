@@ -7,9 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
-
-import numpy as np
 
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
 from fmsuite.core.data.skipped import Skipped
@@ -50,30 +47,21 @@ def read_tuned(folder: Path) -> Tuned:
     slices, notes = dict[str, CaseSlices](), []
     for panel in results.panels:
         try:
-            slices[panel.file] = read_case(folder, panel, len(results.labels) + 1)
+            slices[panel.file] = read_case(folder, panel)
         except UsageError as error:
             notes.append(f"A picture is missing ({panel.rank} case of {panel.arm}): {error.message}")
     return Tuned(str(folder), results, slices, _orientation(folder, results), skipped_lines(folder / SKIPPED), notes)
 
 
-def read_case(folder: Path, panel: Panel, labels: int) -> CaseSlices:
+def read_case(folder: Path, panel: Panel) -> CaseSlices:
     """
-    Args:
-        labels: how many there are, the background included.
-
     Raises:
         UsageError: if the panel's file is missing, lies elsewhere or is damaged.
     """
     path = folder / panel.file
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{path}: lies outside of the results' folder.", "Make the results again.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            image, truth, prediction, spacing = (file[name] for name in ("image", "truth", "prediction", "spacing"))
-        lengths = [float(length) for length in spacing.tolist()]
-        return CaseSlices.of(image, truth.astype(int), prediction.astype(int), lengths, labels)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise UsageError(f"{path}: the case cannot be read ({error}).", "Make the results again.") from error
+    return CaseSlices.load(path)
 
 
 def _orientation(folder: Path, results: FinetuneResults) -> str | None:

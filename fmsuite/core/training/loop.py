@@ -284,8 +284,9 @@ class _Trainer:
         parts = split_batch(batch, self.training.accumulate)
         portions = shares(self.objective, parts, self.device)
         for number, (part, share) in enumerate(zip(parts, portions, strict=True), start=1):
-            # Replayed CUDA graphs may overwrite what the last micro-batch left in their memory.
-            torch.compiler.cudagraph_mark_step_begin()
+            if self.training.compile:
+                # Replayed CUDA graphs may overwrite what the last micro-batch left in their memory.
+                torch.compiler.cudagraph_mark_step_begin()
             with self.strategy.accumulating(last=number == len(parts)):
                 with autocast(self.precision, self.device):
                     losses = model(self.prepare_batch(part), context)

@@ -157,12 +157,13 @@ class Monitor:
 @torch.no_grad()
 def encode(encoder: nn.Module, views: Iterable[View], prepare: Callable[[View], View], pooling: str) -> Tensor:
     """(N, D) float32 features on the CPU, in evaluation mode; every module's mode is restored."""
-    with _evaluating(encoder):
+    with evaluating(encoder):
         return torch.cat([encoder(prepare(view)).pooled(pooling).float().cpu() for view in views])
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every part's own mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

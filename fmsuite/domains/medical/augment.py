@@ -66,11 +66,11 @@ class VolumeAugmentation:
     ) -> ArraySample:
         if strength not in AUGMENT:
             raise UsageError(f"There is no augmentation '{strength}'.", f"Known: {', '.join(AUGMENT)}.")
-        if strength == "none":
+        strong = strength == "strong"
+        if strength == "none" or not (strong or self._flips):
             return sample
         import torch
 
-        strong = strength == "strong"
         seed = int(generator.integers(2**32))
         valid = sample.valid
         if valid is None and strong:
@@ -142,6 +142,10 @@ class VolumeAugmentation:
             turns.append(TURN if max(first, other) < EQUAL_SPACING * min(first, other) else 0.0)
         return tuple(turns)
 
+    @property
+    def _flips(self) -> list[int]:
+        return [*self.mirrored, *([self.left_right] if self.flip_left_right else [])]
+
     def _pipeline(self, strong: bool, keys: tuple[str, ...], turns: tuple[float, ...]) -> Any:
         known = (strong, keys, turns)
         if known not in self._pipelines:
@@ -150,8 +154,7 @@ class VolumeAugmentation:
 
     def _build(self, strong: bool, keys: tuple[str, ...], turns: tuple[float, ...]) -> Any:
         monai = monai_transforms()
-        axes = [*self.mirrored, *([self.left_right] if self.flip_left_right else [])]
-        steps = [monai.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
+        steps = [monai.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in self._flips]
         if strong:
             steps += [
                 monai.RandAffined(

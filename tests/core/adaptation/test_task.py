@@ -19,6 +19,8 @@ from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.inputs import Channel, InputSpec, Normalize
 from fmsuite.core.objectives.base import OBJECTIVES, StepContext
 from fmsuite.core.objectives.single_view import VIEW
+from fmsuite.core.training.config import OptimConfig
+from fmsuite.core.training.optim import parameter_groups
 from fmsuite.errors import UsageError
 from tests.core.training.helpers import SPEC, final_state, make_config, run_toy
 
@@ -179,6 +181,14 @@ def test_both_arms_start_from_the_same_head():
         torch.manual_seed(5)
         heads.append(task("classification", model, scratch=scratch).head.weight)
     assert torch.equal(*heads)
+
+
+def test_the_backbone_may_learn_more_slowly_than_the_head():
+    groups = parameter_groups(OptimConfig(layer_decay=0.5), task("classification", backbone_lr=0.1))
+    scale = {name: group["lr_scale"] for group in groups for name, _ in group["params"]}
+    assert scale["head.weight"] == 1.0
+    assert scale["backbone.blocks.1.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5)
+    assert scale["backbone.patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5**3)
 
 
 def test_frozen_and_adapted_backbones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmsuite.core.data import boxes
+from fmsuite.core.data import boxes, shards
 from fmsuite.core.data.boxes import BoxArray, chunk_of, write_boxes
 from fmsuite.core.data.shards import ShardFile, file_digest
 from fmsuite.core.zarr_arrays import Damaged
@@ -52,11 +53,17 @@ def test_only_the_chunks_that_a_box_touches_are_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(boxes, "CHUNK_SAMPLES", 4**3)
     write_boxes(tmp_path / "a", np.zeros((2, 16, 16, 16), np.float32), 3)
     array, slots = BoxArray(tmp_path / "a"), []
-    read = ShardFile.read
-    monkeypatch.setattr(ShardFile, "read", lambda self, slot, *rest: slots.append(slot) or read(self, slot, *rest))
+    read, pread, asked = ShardFile.read_each, os.pread, []
+    monkeypatch.setattr(ShardFile, "read_each", lambda self, some, *rest: slots.extend(some) or read(self, some, *rest))
+    monkeypatch.setattr(
+        shards.os, "pread", lambda file, length, start: asked.append(start) or pread(file, length, start)
+    )
     array.read((4, 3, 0), (4, 2, 16))
     # Of 4 x 4 x 4 chunks: the second, the first two, all.
     assert sorted(slots) == [16, 17, 18, 19, 20, 21, 22, 23]
+    assert len(asked) == 1
+    array.read((0, 0, 8), (6, 8, 8))
+    assert len(asked) == 1 + 4
 
 
 def test_boxes_beyond_the_array_and_damage_are_refused(tmp_path: Path) -> None:

@@ -118,16 +118,16 @@ def make_index(sources=SHAPES) -> SampleIndex:
     return SampleIndex.from_windows(windows, {"domain": "toy"})
 
 
-def origins_of(index: SampleIndex, scenes: bool) -> Origins:
-    return Origins(index, SIZE, Reader(), partial(Field().scene, index) if scenes else None)
+def origins_of(index: SampleIndex, scenes: bool, half: bool) -> Origins:
+    return Origins(index, SIZE, Reader(), partial(Field().scene, index) if scenes else None, half)
 
 
-def pack(folder: Path, index: SampleIndex, scenes: bool = True) -> tuple[list[int], SampleIndex]:
-    packing = SourcePacking(len(index.sources), index.hash, "toy")
+def pack(folder: Path, index: SampleIndex, scenes: bool = True, half: bool = False) -> tuple[list[int], SampleIndex]:
+    packing = SourcePacking(len(index.sources), index.hash, "toy", half)
     packing.write(folder)
     todo = unfinished_sources(folder, packing)
     for number in todo:
-        pack_source(origins_of(index, scenes), folder, number)
+        pack_source(origins_of(index, scenes, half), folder, number)
     return todo, finish_sources(index, folder, packing, SkippedLog(folder / "skipped.csv"))
 
 
@@ -257,6 +257,26 @@ def test_damage_is_named_and_only_that_source_is_made_anew(tmp_path: Path) -> No
     assert todo == [3]
     assert all(wrong is None for _, wrong in verify_sources(tmp_path))
     assert same(reader.read(whole), Reader().read(whole))
+
+
+def test_half_precision_halves_the_values_and_nothing_else(tmp_path: Path) -> None:
+    index = make_index()
+    for half in (False, True):
+        pack(tmp_path / str(half), index, half=half)
+    window = index[1]
+    full, found = (PackedScenes(tmp_path / str(half)).read(window) for half in (False, True))
+    assert found.values.dtype == full.values.dtype == np.float32
+    np.testing.assert_array_equal(found.values, full.values.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(found.values, full.values)
+    assert same(full.replace(values=found.values), found)
+
+    class Large(Reader):
+        def read(self, window: Window) -> ArraySample:
+            sample = super().read(window)
+            return sample.replace(values=sample.values * 1e5)
+
+    with pytest.raises(UsageError, match="half precision ends at 65504"):
+        pack_source(Origins(index, SIZE, Large(), half=True), tmp_path, 0)
 
 
 def test_what_cannot_be_packed_whole_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.cases import OVERALL, Arm, Case, Cell, FinetuneResults, Metric, Panel, TunedRun
 from fmsuite.core.evaluation.results import Estimate, Facts
+from fmsuite.core.reports.case_slices import CaseSlices
 from fmsuite.core.seeding import generator
 
 LABELS = ["anterior", "posterior"]
@@ -128,13 +129,7 @@ def write_finetune(folder: Path, results: FinetuneResults | None = None) -> Path
         prediction = np.roll(truth, (0, number, 0), (0, 1, 2))
         image = truth * 50 + stream.normal(100, 10, truth.shape)
         file = f"panels/full-{rank}.npz"
-        np.savez_compressed(
-            folder / file,
-            image=image.astype(np.float32),
-            truth=truth.astype(np.uint8),
-            prediction=prediction.astype(np.uint8),
-            spacing=np.array([1.0, 1.0, 1.5]),
-        )
+        CaseSlices.of(image, truth, prediction, (1.0, 1.0, 1.5), 3).save(folder / file)
         results.panels.append(
             Panel(arm="full", fraction=1.0, rank=rank, case=number, value=0.9 - 0.05 * number, file=file)
         )

@@ -1,0 +1,109 @@
+"""Predictions over whole scenes, of a toy scene with invalid borders, against a naive computation."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fmsuite.core.adaptation.scenes import scene_scores
+from fmsuite.core.adaptation.sliding_window import WindowPlan
+from fmsuite.core.adaptation.task import Segmentation, SegmentationConfig
+from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.data.sample import ArraySample, View
+from fmsuite.core.data.scene import Scene
+from fmsuite.core.inputs import Channel, InputSpec, Normalize
+from fmsuite.errors import UsageError
+
+SPEC = InputSpec(axes=("y", "x"), size=(8, 8), channels=(Channel(name="a", mean=3.0, std=2.0), Channel(name="b")))
+
+
+class Toy(Scene):
+    """An array, stored upside down and twice as fine as it is read; part of it is not valid."""
+
+    source = "toy"
+
+    def __init__(self, size: tuple[int, ...], channels: int = 2) -> None:
+        random = np.random.default_rng(0)
+        self.values = random.integers(0, 50, (channels, *size)).astype(np.int16)
+        self.valid = np.ones((1, *size), dtype=bool)
+        self.valid[..., : size[-1] // 3] = False
+        self.size = size
+        self.origin, self.pitch = (0.0,) * len(size), (1.0,) * len(size)
+        self.native_size = tuple(2 * n for n in size)
+        self.native_spacing = (0.5,) * len(size)
+
+    def read(self, start, extent):
+        box = (slice(None), *(slice(s, s + e) for s, e in zip(start, extent, strict=True)))
+        return ArraySample(self.values[box], self.valid[box])
+
+    def native_map(self, name):
+        return np.zeros(self.native_size, np.uint8)
+
+    def scores_to_native(self, scores, outside=0.0):
+        for axis in range(1, scores.ndim):
+            scores = scores.repeat(2, axis)
+        return scores[:, ::-1]
+
+    def write(self, values, path: Path) -> Path:
+        raise AssertionError
+
+
+def segmentation(spec: InputSpec = SPEC, **model) -> Segmentation:
+    torch.manual_seed(0)
+    shape = model or {"width": 24, "depth": 1, "heads": 1, "patch_size": 4}
+    options = SegmentationConfig(classes=3, label_map="m", decoder_options={"base": 2})
+    return Segmentation(options, build_backbone(ModelConfig(**shape), spec)).eval()
+
+
+@pytest.mark.parametrize(("size", "overlap"), [((13, 11), 0.5), ((8, 20), 0.25), ((5, 9), 0.0)])
+@torch.no_grad()
+def test_equals_a_naive_computation(size, overlap):
+    task, scene = segmentation(), Toy(size)
+    found = scene_scores(task, SPEC, scene, overlap=overlap, batch=3)
+    plan = WindowPlan(size, (8, 8), overlap)
+    weights = plan.weights("gaussian").double().numpy()
+    before = [max(0, -plan.starts(axis)[0]) for axis in range(2)]
+    canvas = [max(n, 8) for n in size]
+    values, valid = np.zeros((2, *canvas), np.float32), np.zeros((1, *canvas), bool)
+    inside = tuple(slice(b, b + n) for b, n in zip(before, size, strict=True))
+    values[:, *inside], valid[:, *inside] = scene.values, scene.valid
+    total, weight = np.zeros((3, *canvas)), np.zeros(canvas)
+    for place in itertools.product(plan.starts(0), plan.starts(1)):
+        box = tuple(slice(s + b, s + b + 8) for s, b in zip(place, before, strict=True))
+        view = View(torch.from_numpy(values[:, *box])[None], torch.from_numpy(valid[:, *box])[None])
+        said = task.predict(Normalize(SPEC).view(view))[0].double().numpy()
+        total[:, *box] += said * weights
+        weight[box] += weights
+    np.testing.assert_allclose(found, (total / weight)[:, *inside], rtol=1e-5, atol=1e-6)
+    labels = scene.labels_to_native(found)
+    assert np.array_equal(labels, found.argmax(0).repeat(2, 0).repeat(2, 1)[::-1])
+
+
+def test_axes_that_are_not_spatial_are_refused():
+    spec = InputSpec(axes=("time", "y", "x"), size=(1, 8, 8), channels=(Channel(name="a"),))
+    with pytest.raises(UsageError, match="spatial axes, and this input has 'time'"):
+        scene_scores(segmentation(), spec, Toy((8, 8)))
+
+
+@torch.no_grad()
+def test_swin_unetr_gives_its_own_maps():
+    """The decoder gets the five maps of MONAI's encoder, each at its resolution, and the network can be made again
+    with fresh weights."""
+    pytest.importorskip("monai")
+    spec = InputSpec(axes=("y", "x"), size=(32, 32), channels=(Channel(name="a"),))
+    task = segmentation(spec, name=SWIN_UNETR, width=32, heads=1)
+    source = task.network.source
+    assert [(level.width, level.stride) for level in source.levels] == [(2 * 2**j, (2.0 * 2**j,) * 2) for j in range(5)]
+    view = View(torch.randn(1, 1, 32, 32))
+    maps = source(view)
+    assert [tuple(level.shape[1:]) for level in maps.levels] == [(2 * 2**j, 16 // 2**j, 16 // 2**j) for j in range(5)]
+    assert all(torch.equal(a, b) for a, b in zip(maps.levels, task.backbone(view).maps, strict=True))
+    assert task.predict(view).shape == (1, 3, 32, 32)
+    fresh = Segmentation(task.config.model_copy(update={"scratch": True}), task.backbone)
+    assert fresh.backbone.state_dict().keys() == task.backbone.state_dict().keys()
+    assert not torch.equal(fresh.backbone.mask_token, task.backbone.mask_token)
