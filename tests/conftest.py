@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 YOUNG = 50_000
 """Objects between two looks of the garbage collector, whose 700 would take a tenth of the time of every test."""
 gc.set_threshold(YOUNG)
+# Processes that tests start import this checkout, wherever they are started and whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 # The same examples every time: a suite that fails at times tells less than one that does not.
 settings.register_profile("fmsuite", derandomize=True, deadline=None)

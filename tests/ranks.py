@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import time
 import traceback
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.forked import forkserver
 
 PATIENCE = 120.0
 """Seconds for one call; the first starts the processes."""
@@ -50,9 +51,7 @@ class Ranks:
             raise
 
     def _start(self) -> None:
-        # A server that has imported torch forks them; it cannot know which checkout of the package is meant.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
+        context = forkserver()
         self._started += 1
         store = self._folder / f"store{self._started}"
         for rank in range(self._count):

@@ -14,18 +14,20 @@ import yaml
 from pydantic import ValidationError
 
 from fmsuite.commands.comparison import Start
-from fmsuite.commands.finetune_config import SCRATCH, ArmOptions, FinetuneConfig, read_finetune
+from fmsuite.commands.finetune_config import SCRATCH, ArmOptions, FinetuneConfig
 from fmsuite.commands.finetune_data import collect
+from fmsuite.commands.finetune_file import read_finetune
 from fmsuite.commands.finetune_judge import judge_scenes, judge_windows
+from fmsuite.commands.finetune_points import Points, foreground_points, read_points, write_points
 from fmsuite.commands.finetune_results import collect_results
-from fmsuite.commands.finetune_runs import Points, RunPlan, Setup, foreground_points, train_run
+from fmsuite.commands.finetune_runs import RunPlan, Setup, train_run
 from fmsuite.commands.report import report
-from fmsuite.commands.setup import open_domain, open_index, parts_of
+from fmsuite.commands.setup import open_domain, open_index, options_of_encoders, parts_of
 from fmsuite.core import distributed
 from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
-from fmsuite.core.encoders import load_encoder
+from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
 from fmsuite.core.evaluation.results import RESULTS
 from fmsuite.core.lock import WriterLock
@@ -42,6 +44,7 @@ TASK = "task.yaml"
 INDEX = "index.parquet"
 JUDGED = "judged.json"
 PREDICTIONS = "predictions"
+POINTS = "points.npz"
 FREE = ("arms", "few")
 """Of the configuration, what may change when the command is given again: further arms, fractions and seeds."""
 
@@ -79,7 +82,7 @@ def finetune(
     and a report. What an earlier start of the same command has finished is not done again.
 
     Args:
-        task: a YAML file; see ``finetune_config``.
+        task: a YAML file; see ``finetune_file``.
         sources, encoder: in place of those of the file.
 
     Raises:
@@ -169,19 +172,26 @@ def set_up(
         UsageError: if the data are not the encoder's input, or cannot be learned from.
     """
     opened = load_encoder(config.encoder)
-    domain, index = _index(config, out, skipped, progress)
+    domain, index = index_of(config, opened, out, skipped, progress)
     opened.check_input(domain.input_spec(index))
     table = None if config.targets is None else Path(config.targets)
     data = collect(config, domain, index, skipped, table)
     return Setup(config, data, opened, out, skipped, progress, command, {}), index
 
 
-def _index(config: FinetuneConfig, out: Path, skipped: SkippedLog, progress: Progress) -> tuple[Domain, SampleIndex]:
-    domain = open_domain(config.domain, config.data_options())
+def index_of(
+    config: FinetuneConfig, encoder: Encoder, out: Path, skipped: SkippedLog, progress: Progress = no_progress
+) -> tuple[Domain, SampleIndex]:
+    """The folder's index, made if it is not there: files are read as those of the encoder's training were, but for what
+    the configuration says."""
+    paths = config.paths
+    # An index says itself how its windows are read.
+    followed = {} if any(path.suffix == ".parquet" for path in paths) else options_of_encoders(config.domain, [encoder])
+    domain = open_domain(config.domain, config.data_options(followed))
     path = out / INDEX
     if not path.exists():
         parts = parts_of(path)
-        _, index = open_index(domain, config.paths, skipped, progress, set(config.data), parts=parts, processes=None)
+        _, index = open_index(domain, paths, skipped, progress, set(config.data), parts=parts, processes=None)
         index.write(path)
         discard_parts(parts)
         log.info("%d windows from %d sources.", len(index), len(index.sources))
@@ -210,23 +220,28 @@ def _arm(setup: Setup, arm: ArmOptions) -> Arm:
 
 
 def _points(setup: Setup) -> Points:
-    """Where windows of foreground may be centred, of all sources that are ever trained on; looked for once."""
+    """Where windows of foreground may be centred, of all sources that are ever trained on; looked for once, and on GPUs
+    also if no window is, since label maps are checked by it and later nobody could afford to."""
     config, data = setup.config, setup.data
-    if not config.training.foreground:
+    on_gpu = choose_device(config.training.device).type != "cpu"
+    if config.label_map is None or not (config.training.foreground or on_gpu):
         return {}
-    assert config.label_map is not None
+    path = setup.out / POINTS
+    if path.exists():
+        return read_points(path)
     train = {group for fold in data.folds for group in fold.train}
-    sources = [case.sources[0] for case in data.cases if case.group in train]
-    return foreground_points(
+    found = foreground_points(
         data.domain,
         lambda source: data.domain.scene(data.index, source),
-        sources,
+        [case.sources[0] for case in data.cases if case.group in train],
         config.label_map,
         len(data.classes),
         derive(config.seed, "points"),
         setup.skipped,
         setup.progress,
     )
+    write_points(path, found)
+    return found
 
 
 def _judged(out: Path, plan: RunPlan) -> TunedRun | None:

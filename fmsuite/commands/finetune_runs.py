@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmsuite.commands.finetune_config import ArmOptions, FinetuneConfig, class_option
+from fmsuite.commands.finetune_config import FROM_CLASSES, ArmOptions, FinetuneConfig
 from fmsuite.commands.finetune_data import Fold, TaskData
+from fmsuite.commands.finetune_points import Points
 from fmsuite.core.adaptation.network_files import DESCRIPTION, save_network
 from fmsuite.core.adaptation.task import TASKS, Task
 from fmsuite.core.config import RunConfig
@@ -23,21 +24,17 @@ from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.pipeline import ViewPipeline, WindowDataset, collate
 from fmsuite.core.data.sample import Array
 from fmsuite.core.data.sampling import BalancedWindows, RandomWindows, WindowSampler, require_anywhere
-from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.reports.views import draw_views
-from fmsuite.core.seeding import derive, generator
+from fmsuite.core.seeding import derive
 from fmsuite.core.training.config import MonitorConfig
 from fmsuite.core.training.loop import RunFolder, train
 from fmsuite.core.training.schedules import run_length
-from fmsuite.domains.base import Domain, Progress
-from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.domains.base import Progress
+from fmsuite.errors import UsageError
 
-POINTS = 2000
-"""Of each class of each source: places to centre windows on."""
 VIEW_SAMPLES = 6
-Points = Mapping[str, Mapping[int, Array]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Setup:
             UsageError: if the task or the backbone refuse the options.
         """
         config = self.config
-        fixed: dict[str, Any] = {class_option(config.task_name): len(self.data.classes)}
+        fixed: dict[str, Any] = {FROM_CLASSES[config.task_name]: len(self.data.classes)}
         if config.task_name == "segmentation":
             fixed["size"] = window_size(self.config, self.data)
         if config.task_name == "regression" and "target_mean" not in config.task:
@@ -211,51 +208,9 @@ def train_run(setup: Setup, plan: RunPlan) -> signal.Signals | None:
         "windows": len(index),
         "steps": result.step,
         "seconds": round(time.monotonic() - began, 1),
-        "trained": [sum(p.numel() for p in task.parameters() if p.requires_grad)],
     }
     with result.strategy.whole() as whole:
         assert isinstance(whole, Task)
         options = data.domain.options.model_dump(mode="json")
         save_network(run.path, whole, spec, data.classes, config.domain, options, provenance)
     return None
-
-
-def foreground_points(
-    domain: Domain,
-    scenes: Callable[[str], Scene],
-    sources: Sequence[str],
-    name: str,
-    classes: int,
-    seed: int,
-    skipped: SkippedLog,
-    progress: Progress,
-) -> dict[str, dict[int, Array]]:
-    """Middles of labelled samples of each class but the background, ``POINTS`` of each at most, in the coordinates of
-    ``Window.position``. A source that cannot be read has none and goes to ``skipped``.
-
-    Raises:
-        UsageError: for a label that is no class.
-    """
-    found: dict[str, dict[int, Array]] = {}
-    for source in progress(sources, len(sources), "Looking for labels"):
-        try:
-            scene = scenes(source)
-            labels = scene.read((0,) * len(scene.size), scene.size).maps[name]
-        except ReadFailure as failure:
-            skipped.add_failure(failure)
-            continue
-        draw = generator(seed, "points", source)
-        found[source] = {}
-        for label in np.unique(labels).tolist():
-            if label < 1:
-                continue
-            if label >= classes:
-                raise UsageError(
-                    f"{source}: its label map has the value {label}, but there are {classes} classes, counted from 0.",
-                    "Name all of them in task.classes.",
-                )
-            where = np.argwhere(labels == label)
-            if len(where) > POINTS:
-                where = where[np.sort(draw.choice(len(where), POINTS, replace=False))]
-            found[source][label] = scene.place(where + 0.5)
-    return found

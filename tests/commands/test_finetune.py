@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ nibabel = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
 from fmsuite.commands import finetune as command  # noqa: E402
-from fmsuite.commands.finetune_config import read_finetune  # noqa: E402
+from fmsuite.commands.finetune_file import read_finetune  # noqa: E402
+from fmsuite.commands.finetune_points import read_points  # noqa: E402
 from fmsuite.core.adaptation.network_files import load_network  # noqa: E402
 from fmsuite.core.backbones.build import build_backbone  # noqa: E402
 from fmsuite.core.backbones.config import ModelConfig  # noqa: E402
@@ -152,6 +155,21 @@ def test_cases_are_judged_on_the_files_own_grids(place: Path, whole: FinetuneRes
     assert float(rows[0]["dice/low"]) == whole.runs[0].scores["dice"][0][0]
 
 
+def test_points_lie_on_their_labels(place: Path, whole: FinetuneResults):
+    """In the coordinates of windows: voxels along (z, y, x) of the volume turned to RAS."""
+    points = read_points(place / "whole" / "points.npz")
+    train = {group for run in whole.runs for group in run.groups}
+    assert {Path(source).name for source in points} == {case.id for case in whole.cases if case.group in train}
+    for source, classes in points.items():
+        image = nibabel.as_closest_canonical(nibabel.load(place / "labels" / Path(source).name))
+        labels = np.asarray(image.dataobj).transpose(2, 1, 0)
+        assert sorted(classes) == [1, 2]
+        for label, places in classes.items():
+            assert (labels[tuple(np.floor(places).astype(int).T)] == label).all()
+            if image.affine[2, 2] == 1.0:
+                assert len(places) == (labels == label).sum()
+
+
 def test_from_scratch_differs_in_the_backbones_weights_alone(place: Path, tmp_path: Path):
     config = read_finetune(write_task(place), ["compare=[frozen]"])
     setup, _ = command.set_up(config, tmp_path, SkippedLog())
@@ -172,13 +190,21 @@ def test_from_scratch_differs_in_the_backbones_weights_alone(place: Path, tmp_pa
 def test_a_stopped_fine_tuning_goes_on(
     place: Path, whole: FinetuneResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """First by Ctrl-C in the first run, then between a run and its judgement."""
     task, judge = write_task(place), command._judge
+
+    def pressed(items, total, title):
+        for item in items:
+            if "training" in title:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
 
     def stopped(setup, plan):
         if plan.arm.name == "scratch":
             raise KeyboardInterrupt
         return judge(setup, plan)
 
+    assert command.finetune(task, tmp_path, progress=pressed).stopped_by == signal.SIGINT
     with monkeypatch.context() as patched:
         patched.setattr(command, "_judge", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -188,9 +214,8 @@ def test_a_stopped_fine_tuning_goes_on(
     assert outcome.results is not None
     assert [run.scores for run in outcome.results.runs] == [run.scores for run in whole.runs]
     assert outcome.results.cells == whole.cells
-    for run in whole.runs:
-        facts = json.loads((tmp_path / run.folder / "run.json").read_text())
-        assert len(facts["starts"]) == 1
+    starts = [len(json.loads((tmp_path / run.folder / "run.json").read_text())["starts"]) for run in whole.runs]
+    assert starts == [2, 1, 1, 1]
     with pytest.raises(Exception, match="begun with another optim"):
         command.finetune(task, tmp_path, overrides=["optim.lr=0.1"])
 
@@ -206,14 +231,14 @@ def test_further_arms_folds_and_an_unreadable_case(place: Path, tmp_path: Path, 
     setup = ("finetune", task, "--out", tmp_path / "out", "--set", "training.steps=1", "--set", "training.foreground=0")
     config = read_finetune(task, ["training.steps=1", "training.foreground=0"])
     (tmp_path / "out").mkdir()
-    command._index(config, tmp_path / "out", SkippedLog(), command.no_progress)
+    command.index_of(config, load_encoder(config.encoder), tmp_path / "out", SkippedLog())
     broken.write_bytes(good[: len(good) // 2])
     ran = fmsuite(*setup)
     assert ran.code == 3, ran.text
     results = FinetuneResults.read(tmp_path / "out")
     assert [arm.name for arm in results.arms] == ["full"]
     assert results.cells[0].cases == PATIENTS - 1
-    assert any("1 volume could not be judged" in note and "v3" in note for note in results.notes)
+    assert any("could not be judged" in note and "v3" in note for note in results.notes)
     assert "v3.nii.gz" in (tmp_path / "out" / "skipped.csv").read_text()
     judged = sorted(number for run in results.runs for number in run.cases)
     assert judged == [n for n in range(PATIENTS) if results.cases[n].id != "v3.nii.gz"]

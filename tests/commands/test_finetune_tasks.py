@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from fmsuite.commands.finetune import finetune
-from fmsuite.commands.finetune_config import read_finetune
+from fmsuite.commands.finetune_file import TASK_FILES, read_finetune
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.encoders import save_encoder
@@ -161,6 +161,22 @@ def test_findings_with_gaps(place: Path, tmp_path: Path):
 def test_a_wrong_file_is_refused(place: Path, changes: dict, said: str):
     with pytest.raises(UsageError, match=said):
         read_finetune(write(place, "wrong", **changes))
+
+
+def test_tasks_that_come_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert [path.stem for path in TASK_FILES.glob("*.yaml")] == ["msd-hippocampus"]
+    monkeypatch.setenv("FMSUITE_DATA", str(tmp_path))
+    config = read_finetune(Path("msd-hippocampus"))
+    assert config.paths == [tmp_path / "medical" / "msd_hippocampus" / "images"]
+    assert [arm.name for arm in config.arms] == ["full", "scratch", "frozen"]
+    # The backbone learns as slowly from scratch; frozen it does not learn.
+    learns = [config.arm_task(arm, classes=3).backbone_lr for arm in config.arms]
+    assert learns == [0.25, 0.25, 1.0]
+    monkeypatch.delenv("FMSUITE_DATA")
+    with pytest.raises(UsageError, match="FMSUITE_DATA is not set"):
+        read_finetune(Path("msd-hippocampus"))
+    with pytest.raises(UsageError, match="Did you mean 'msd-hippocampus'"):
+        read_finetune(Path("msd-hipocampus"))
 
 
 def test_wrong_data_are_refused(place: Path, tmp_path: Path):

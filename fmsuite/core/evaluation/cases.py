@@ -88,7 +88,7 @@ class TunedRun(Record):
         fold: number of the fold that was held out, ``None`` for a single split.
         groups: those trained on.
         windows: how many windows these have.
-        steps: optimiser steps. seconds: of training; the sum of all starts.
+        steps: optimiser steps. seconds: of training, since the start of the command that ended it.
         cases: positions in ``FinetuneResults.cases`` of the held-out cases that were judged.
         failed: those that could not be; ``skipped.csv`` says why.
         scores: of a segmentation: by metric, for each of ``cases`` a value for each of ``FinetuneResults.labels``;
@@ -139,8 +139,7 @@ class Panel(Record):
         rank: among the cases of ``arm`` at ``fraction``, by the primary metric.
         case: position in ``FinetuneResults.cases``.
         value: of the primary metric.
-        file: relative to the results: an ``.npz`` of the slices to show, on the input's grid; see
-            ``reports.case_slices.CaseSlices``.
+        file: relative to the results: what ``CaseSlices.save`` wrote, on the input's grid.
     """
 
     arm: str

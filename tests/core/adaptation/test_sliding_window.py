@@ -69,8 +69,8 @@ def test_an_identity_returns_its_input(data):
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
     out = sliding_window(lambda x: x, pixels, window, overlap=overlap, blend=blend, batch=batch)
     assert out.shape == pixels.shape
-    # Hundreds of float32 weights may have been summed.
-    assert (out - pixels).abs().max() <= 2e-6
+    # Hundreds of windows may cover a place: that many float32 roundings.
+    assert (out - pixels).abs().max() <= 3e-6
 
 
 def test_rows_come_finished_and_memory_does_not_grow_with_the_height():

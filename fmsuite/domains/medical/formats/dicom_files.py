@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,14 @@ _PHASES = (
     "ImageType",
 )
 """By what slices of one place are told apart, the surest first."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without pydicom's warnings, one for each value that does not follow the standard: hundreds a series."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def header_of(path: str) -> Any:
@@ -110,6 +120,8 @@ def slices_of(path: str, name: str, header: Any) -> list[Slice]:
     shape = (int(header.Rows), int(header.Columns))
     if int(header.get("SamplesPerPixel", 1) or 1) != 1:
         raise ReadFailure(path, "metadata", "a colour image.", "It is left out.")
+    if "MOSAIC" in [str(part).upper() for part in many(header.get("ImageType"))]:
+        raise ReadFailure(path, "metadata", "a mosaic of slices in one image.", "Convert it to NIfTI with dcm2niix.")
     try:
         frames = int(header.get("NumberOfFrames", 1) or 1)
         groups = header.get("PerFrameFunctionalGroupsSequence")
@@ -133,7 +145,10 @@ def slices_of(path: str, name: str, header: Any) -> list[Slice]:
         return pieces
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise ReadFailure(
-            path, "metadata", f"its place cannot be read ({first_line(error)}).", "Correct the header."
+            path,
+            "metadata",
+            f"its place cannot be read ({first_line(error)}).",
+            "Correct the header; single images are read as data.modality=xray.",
         ) from error
 
 
