@@ -12,11 +12,10 @@ import pytest
 from hypothesis import settings
 
 from tests.cluster import ray_cluster
+from tests.forked import YOUNG
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-YOUNG = 50_000
-"""Objects between two looks of the garbage collector, whose 700 would take a tenth of the time of every test."""
 gc.set_threshold(YOUNG)
 # Processes that tests start import this checkout, wherever they are started and whatever is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

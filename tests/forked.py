@@ -6,6 +6,9 @@ import multiprocessing
 import sys
 from multiprocessing.context import ForkServerContext
 
+YOUNG = 50_000
+"""Objects between two looks of the garbage collector, whose 700 would take a tenth of the time of every test."""
+
 
 def forkserver() -> ForkServerContext:
     """Its processes are forked from one that has imported what this one has of the package.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import time
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.forked import forkserver
+from tests.forked import YOUNG, forkserver
 
 PATIENCE = 120.0
 """Seconds for one call; the first starts the processes."""
@@ -89,6 +90,9 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
+    # What was imported stays; looking at it would also copy its pages.
+    gc.freeze()
+    gc.set_threshold(YOUNG)
     torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
