@@ -101,8 +101,9 @@ def main() -> None:
     shown = [evaluation for evaluation in compared.results.evaluations if not evaluation.shuffled]
     print(table([*shown, *of_pixels(asked.data)]))
     if asked.finetune:
-        task = ["finetune", str(HERE / "pneumonia-finetune.yaml"), "--encoder", str(run), "--out", "tuned", str(images)]
-        subprocess.run([sys.executable, "-m", "fmsuite", *task], check=True, cwd=asked.out)
+        task = ["finetune", HERE / "pneumonia-finetune.yaml", "--encoder", run, "--data", images]
+        command = [sys.executable, "-m", "fmsuite", *task, "--out", asked.out / "tuned"]
+        subprocess.run([str(part) for part in command], check=True)
 
 
 if __name__ == "__main__":

@@ -580,8 +580,67 @@ def predict(
 
 
 @app.command()
+def similar(
+    file: Annotated[Path, typer.Argument(help="A volume, or whatever the encoder's field calls a source.")],
+    encoder: Annotated[str, typer.Option("--encoder", "-e", help="A run folder; or as for `embed`, with --domain.")],
+    at: Annotated[
+        list[str], typer.Option("--at", metavar="X,Y,Z", help="A place: voxel numbers of the file; repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(help="The map; a picture with the same name lies beside it.")],
+    negative: Annotated[
+        list[str] | None, typer.Option("--negative", metavar="X,Y,Z", help="A place that is not meant; repeatable.")
+    ] = None,
+    world: Annotated[bool, typer.Option("--world", help="Places are millimetres in world coordinates (RAS).")] = False,
+    combine: Annotated[
+        Literal["max", "mean"], typer.Option(help="Of several places: the most similar one, or the mean.")
+    ] = "max",
+    centre: Annotated[
+        bool, typer.Option("--centre", help="Take off what all features of the file share before they are compared.")
+    ] = False,
+    threshold: Annotated[
+        str | None, typer.Option(metavar="auto|NUMBER", help="Write a mask of what reaches it as well.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Zarr folder that keeps the file's features for further clicks.")
+    ] = None,
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers as well.")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    domain: Annotated[
+        str | None, typer.Option("--domain", "-d", help="How to read the file, where the encoder is no run folder.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show where a file is like a place that you point at."""
+    from fmsuite.commands.similar import similar as run
+
+    made = run(
+        encoder,
+        file,
+        out,
+        at=at,
+        negative=negative or [],
+        world=world,
+        combine=combine,
+        centre=centre,
+        threshold=threshold,
+        features=features,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        domain=domain,
+        overrides=overrides or [],
+        progress=console_progress,
+    )
+    _say(f"Similarity: {made.map}")
+    if made.mask is not None:
+        _say(f"At {made.threshold:.3f} and above: {made.mask}")
+    _say(f"Picture: {made.picture}")
+
+
+@app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of pretrain, fewshot or bench.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of pretrain, finetune, fewshot or bench.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Its heading.")] = None,
 ) -> None:

@@ -9,14 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.cluster import ray_cluster
+from tests.forked import YOUNG
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-YOUNG = 50_000
-"""Objects between two looks of the garbage collector, whose 700 would take a tenth of the time of every test."""
 gc.set_threshold(YOUNG)
+# Processes that tests start import this checkout, wherever they are started and whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+# The same examples every time: a suite that fails at times tells less than one that does not.
+settings.register_profile("fmsuite", derandomize=True, deadline=None)
+settings.load_profile("fmsuite")
 
 
 @pytest.hookimpl(trylast=True)

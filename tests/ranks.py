@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import pickle
 import time
 import traceback
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.forked import YOUNG, forkserver
 
 PATIENCE = 120.0
 """Seconds for one call; the first starts the processes."""
@@ -50,9 +52,7 @@ class Ranks:
             raise
 
     def _start(self) -> None:
-        # A server that has imported torch forks them; it cannot know which checkout of the package is meant.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
+        context = forkserver()
         self._started += 1
         store = self._folder / f"store{self._started}"
         for rank in range(self._count):
@@ -90,6 +90,9 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
+    # What was imported stays; looking at it would also copy its pages.
+    gc.freeze()
+    gc.set_threshold(YOUNG)
     torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)

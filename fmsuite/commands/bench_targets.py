@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,6 +25,7 @@ from fmsuite.commands.comparison import Compared, leave
 from fmsuite.commands.labelled_windows import named
 from fmsuite.commands.target_items import By, TargetItems
 from fmsuite.commands.targets import OPTION, Target, parse, read_columns
+from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
 from fmsuite.core.evaluation import findings, numbers
 from fmsuite.core.evaluation.findings import FINDINGS_TASKS
 from fmsuite.core.evaluation.fractions import DRAWS, check_fractions, nested_shares
@@ -139,6 +141,7 @@ def bench_targets(
             ),
         )
         compared.append(leave(out / target.name, results, exhibits, skipped))
+        _copy_skipped(out, out / target.name)
     return compared
 
 
@@ -189,13 +192,17 @@ def _check_targets(targets: Sequence[Target], tasks: Sequence[str], by: str) -> 
             )
 
 
+def _copy_skipped(out: Path, folder: Path) -> None:
+    """What could not be used, beside each target's results: a report is made from these folders alone."""
+    (folder / SKIPPED).unlink(missing_ok=True)
+    if (out / SKIPPED).is_file():
+        shutil.copyfile(out / SKIPPED, folder / SKIPPED)
+
+
 def _said_of_shares(items: TargetItems, shares: dict) -> list[str]:
     if not shares:
         return []
-    counts = [
-        f"{share:.3%} are {len(items.groups[drawn[0]].unique())}".replace(".000%", "%")
-        for share, drawn in sorted(shares.items())
-    ]
+    counts = [f"{100 * share:g}% are {len(items.groups[drawn[0]].unique())}" for share, drawn in sorted(shares.items())]
     total = len(items.groups[items.split.train].unique())
     return [
         f"Few-label curves: of {total} training groups, {'; '.join(counts)}: at least as many as hold every class or "

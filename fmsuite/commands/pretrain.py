@@ -257,7 +257,7 @@ def _pretrain(
     reader = open_reader(domain, index)
     pipeline = ViewPipeline(objective.view_requests(), domain.augmentation(spec), backbone.grid, spec.axes, config.seed)
     partner = None if pairs is None else _partner(pairs.select(rows), objective)
-    sampler = _sampler(config, index, reader, domain)
+    sampler = _sampler(config, index, held_out, reader, domain)
     dataset = WindowDataset(index, reader, pipeline, config.seed, partner, sampler)
     supports = _supports(config, objective, index, reader, domain)
     if main:
@@ -429,11 +429,14 @@ def _of_split(whole: SampleIndex, split: str | None) -> tuple[np.ndarray, np.nda
     return np.flatnonzero(mine), np.flatnonzero(~mine)
 
 
-def _sampler(config: RunConfig, index: SampleIndex, reader: Reader, domain: Domain) -> WindowSampler | None:
+def _sampler(
+    config: RunConfig, index: SampleIndex, held_out: SampleIndex, reader: Reader, domain: Domain
+) -> WindowSampler | None:
     """What draws the windows anew, if they are to be.
 
     Raises:
-        UsageError: if the reader can read the index's windows only, or what is paired with them would not fit others.
+        UsageError: if the reader can read the index's windows only, what is paired with them would not fit others, or
+            others would show what is held out.
     """
     if config.training.windows == "fixed":
         return None
@@ -444,6 +447,13 @@ def _sampler(config: RunConfig, index: SampleIndex, reader: Reader, domain: Doma
             "Use training.windows=fixed.",
         )
     require_anywhere(reader)
+    shared = set(index.sources) & set(held_out.sources)
+    if shared:
+        raise UsageError(
+            f"{len(shared)} sources, such as {min(shared)}, have windows in other splits than "
+            f"'{config.training.split}', too, which windows drawn anew would show (training.windows=random).",
+            "Use training.windows=fixed, split by source, or train on all windows with training.split=null.",
+        )
     return RandomWindows(index, domain.input_spec(index).size)
 
 

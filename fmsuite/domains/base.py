@@ -122,29 +122,34 @@ class Domain(ABC):
 
     @classmethod
     def open_file(cls, spec: InputSpec, path: str | Path) -> tuple[SampleIndex, Reader, InputSpec]:
-        """One file's windows, read as the files of an encoder's training were.
+        """The windows of one file, or of a folder that is one source, read as those of an encoder's training were.
 
         Returns:
             the index that ``fmsuite tile`` would make of the file with ``options_like(spec)``, its reader and input.
 
         Raises:
             UsageError: as ``options_like``, or if there is no such file.
-            ReadFailure: if nothing of the file can be used.
+            ReadFailure: if nothing of it can be used, or it is several sources.
         """
         without_labels = {"labels": "none"} if "labels" in cls.Options.model_fields else {}
         domain = cls(cls.Options.model_validate({**cls.options_like(spec), **without_labels}))
         log = SkippedLog()
         try:
-            (task, *_) = domain.find_sources([Path(path)], log).tasks
-            found = domain.index_source(task)
+            sources = domain.find_sources([Path(path)], log)
+            looked = [(task, domain.index_source(task)) for task in sources.tasks]
+            settled = domain.settle_sources([SourceFacts(task, found.facts) for task, found in looked], log)
+            if settled is not None:
+                looked = [(task, domain.index_source(task)) for task in settled]
+            if len(looked) != 1:
+                raise ReadFailure(str(path), "open", f"{len(looked)} {domain.units.source}s.", "Name one of them.")
+            ((task, found),) = looked
             if found.rows is None or not len(found.rows):
-                reason = found.notes[0].reason if found.notes else "it holds no window."
-                raise ReadFailure(str(path), "read", reason)
+                raise ReadFailure(str(path), "read", found.notes[0].reason if found.notes else "it holds no window.")
             index = join_tables([windows_table([found.rows])], {})
             metadata = domain.index_metadata(index, [SourceFacts(task, found.facts)], log)
         finally:
             domain.close()
-        index.metadata = {"domain": cls.name, **metadata}
+        index.metadata = {"domain": cls.name, **sources.metadata, **metadata}
         return index, domain.reader(index), domain.input_spec(index)
 
     @abstractmethod

@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fmsuite.core.lock import WriterLock
 from fmsuite.domains.pathology.reading import read_region
 from fmsuite.domains.pathology.slides import open_source
 from fmsuite.errors import FmsuiteError, UsageError
+from tests.forked import forkserver
 
 SIZE = 32
 RGB = InputSpec(axes=("y", "x"), size=(SIZE, SIZE), channels=rgb_channels(), scale=1 / 255)
@@ -229,11 +231,9 @@ def test_a_gpu_that_is_not_there_is_refused(encoder: str, index: Path, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
+def processes() -> ForkServerContext:
     """Processes that have the slow imports behind them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fmsuite.commands.embed", "fmsuite.domains.pathology", "timm"])
-    return context
+    return forkserver()
 
 
 def embed_in_child(*arguments: Any, **options: Any) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.sampling import RandomWindows
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
 from fmsuite.domains.medical.windows import to_own, to_resampled
@@ -49,6 +51,16 @@ def test_random_windows_are_refused_where_windows_cannot_move(
     )
     assert ran.code == 2
     assert "PackedReader reads those of the index only (training.windows=random)" in ran.text
+    whole = SampleIndex.read(tmp_path / "index" / "index.parquet")
+    sides = pa.array(["train", "test"] * (len(whole) // 2)).dictionary_encode()
+    table = whole.table.set_column(whole.table.column_names.index("split"), "split", sides)
+    SampleIndex(table, whole.metadata).write(tmp_path / "mixed.parquet")
+    ran = fmsuite(
+        "pretrain", *tile_settings("mae", RANDOM), "--data", tmp_path / "mixed.parquet", "--out", tmp_path / "r"
+    )
+    assert ran.code == 2
+    assert "6 sources, such as " in ran.text
+    assert "have windows in other splits than 'train', too" in ran.text
     drawings = tmp_path / "drawings"
     drawings.mkdir()
     for number in range(4):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fmsuite.core.data.sample import Array, ArraySample
+from fmsuite.errors import UsageError
 
 
 class Scene(ABC):
@@ -71,6 +72,29 @@ class Scene(ABC):
         """Places on the input's grid, (..., D) counted in samples (sample k covers k to k + 1), to the coordinates of
         ``Window.position``, float64."""
         return np.asarray(self.origin) + np.asarray(samples) * np.asarray(self.pitch)
+
+    def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
+        """Where the centre of a sample of the native grid lies, in sample numbers along the input's axes (fractions
+        allowed); ``None`` outside of what the scene shows.
+
+        Args:
+            place: sample numbers along the native axes, within ``native_size``.
+        """
+        found = []
+        for axis, length in enumerate(self.size):
+            ramp = np.arange(length, dtype=np.float32).reshape([-1 if axis == n else 1 for n in range(len(self.size))])
+            shown = self.scores_to_native(np.broadcast_to(ramp, self.size)[None], outside=float("nan"))
+            found.append(float(shown[(0, *place)]))
+        return None if np.isnan(found).any() else tuple(found)
+
+    def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
+        """The sample of the native grid that holds a point of the source's world coordinates (of a volume millimetres
+        in RAS); it may lie outside of ``native_size``.
+
+        Raises:
+            UsageError: if the domain has none.
+        """
+        raise UsageError("This domain has no world coordinates.", "Name samples of the file, without --world.")
 
     def labels_to_native(self, scores: Array) -> Array:
         """(K, *size) float32 to (*native_size) uint8: the class with the highest interpolated score, and class 0 where

@@ -65,12 +65,12 @@ def _range(values: Tensor, weights: Tensor) -> Tensor:
 def _correlation(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     """(R,) weighted Pearson correlation of (N, 1) or (N, R) values."""
     total = weights.sum(0)
+    size = (first.abs().amax(0) * second.abs().amax(0)).square() * total.square()
     first = first - (first * weights).sum(0) / total
     second = second - (second * weights).sum(0) / total
     across = (first * second * weights).sum(0)
     spread = (first.square() * weights).sum(0) * (second.square() * weights).sum(0)
-    # Rounding leaves a trace of a spread that is zero.
-    size = (first.abs().amax(0) * second.abs().amax(0)).square() * total.square()
+    # Taking the mean off leaves a trace of a spread that is zero.
     defined = spread > 1e-24 * size
     return torch.where(defined, across / torch.where(defined, spread, 1.0).sqrt(), torch.nan)
 

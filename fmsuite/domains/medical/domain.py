@@ -22,7 +22,7 @@ from fmsuite.domains.medical.volumes import load_volume, monai_transforms, resam
 from fmsuite.domains.medical.windows import bounding_box, resampled_box, windows_over
 from fmsuite.errors import ReadFailure, UsageError
 from fmsuite.tiling.labels import refuse_shared_groups
-from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask, labelled_sources
+from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 if TYPE_CHECKING:
     from fmsuite.domains.medical.reader import VolumeReader
@@ -71,7 +71,7 @@ class MedicalDomain(Domain):
 
     def find_sources(self, paths: Sequence[Path], skipped: SkippedLog) -> Sources:
         if self._xray:
-            return labelled_sources(self.options, paths, xray.SUFFIXES, "X-ray images", skipped)
+            return xray.find_images(paths, self.options, skipped)
         check_folders(self.options.maps)
         sources = find_volumes(paths, self.options, skipped)
         monai_transforms()

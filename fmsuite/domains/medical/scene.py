@@ -86,6 +86,26 @@ class VolumeScene(Scene):
         values = linear_back(scores.astype(np.float32, copy=False), self.start, self._volume.ratio, own, outside)
         return np.ascontiguousarray(to_native(values, native))
 
+    def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
+        native = self._volume.native
+        order, reverse = turn_to_ras(native)
+        own = [native.shape[a] - 1 - place[a] if turned else place[a] for a, turned in zip(order, reverse, strict=True)]
+        at = np.asarray(own[::-1]) / self._volume.ratio - self.start
+        last = np.asarray(self.size) - 1
+        if ((at < -0.5 - 1e-9) | (at > last + 0.5 + 1e-9)).any():
+            return None
+        return tuple(float(value) for value in at.clip(0, last))
+
+    def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
+        """Of the voxel whose centre is nearest to a point in millimetres, RAS.
+
+        Raises:
+            UsageError: unless three numbers are given.
+        """
+        if len(place) != 3:
+            raise UsageError(f"A point of a volume has three coordinates, not {len(place)}.", "Give X,Y,Z.")
+        return tuple(int(n) for n in np.rint((np.linalg.inv(self._volume.native.affine) @ [*place, 1])[:3]))
+
     def write(self, values: np.ndarray, path: Path) -> Path:
         """A NIfTI file, see ``formats.nifti.write``; several maps become its fourth axis.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,9 +30,8 @@ def find_volumes(paths: Sequence[Path], options: MedicalOptions, skipped: Skippe
     Raises:
         UsageError: as ``sources.find_files`` and ``labels.assign_labels``.
     """
-    files = find_files(
-        paths, (*nifti.SUFFIXES, *itk.SUFFIXES), "volumes (NIfTI, MetaImage, NRRD or DICOM)", _may_be_dicom
-    )
+    what = "volumes (NIfTI, MetaImage, NRRD or DICOM)"
+    files = find_files(paths, (*nifti.SUFFIXES, *itk.SUFFIXES, *dicom.SUFFIXES), what, _may_be_dicom)
     maps = {map_path(str(file.path), template) for template in options.maps.values() for file in files}
     files = [file for file in files if str(file.path) not in maps]
     folders = {file.path: _place(file) for file in files if _may_be_dicom(file.path.name)}
@@ -40,20 +40,18 @@ def find_volumes(paths: Sequence[Path], options: MedicalOptions, skipped: Skippe
     members: dict[str, list[SourceFile]] = {}
     for file in files:
         if file.path not in folders:
-            beside = (str(file.path.with_suffix(suffix)) for suffix in itk.BESIDE)
-            others = (
-                tuple(path for path in beside if os.path.exists(path))
-                if file.suffix.lower() in (".mhd", ".nhdr")
-                else ()
-            )
-            tasks.append(SourceTask(str(file.path), file.group, labels.of(file), others))
+            tasks.append(SourceTask(str(file.path), file.group, labels.of(file), _voxels_beside(file)))
             continue
         folder = str(file.path.parent)
         if folder not in members:
             # Its place in the order is that of its first file.
             tasks.append(SourceTask(folder, folders[file.path]))
         members.setdefault(folder, []).append(file)
-    tasks = [_folder_task(task, members[task.path], labels.by_path) if task.path in members else task for task in tasks]
+    shared = Counter(task.name for task in tasks)
+    for number, task in enumerate(tasks):
+        if task.path in members:
+            name = task.name if shared[task.name] == 1 else task.path
+            tasks[number] = _folder_task(task.path, name, members[task.path], labels.by_path)
     return Sources(tasks, {"labels": labels.summary()})
 
 
@@ -94,21 +92,28 @@ def _may_be_dicom(name: str) -> bool:
     return not name.lower().endswith((*nifti.SUFFIXES, *itk.SUFFIXES)) and dicom.is_candidate(name)
 
 
+def _voxels_beside(file: SourceFile) -> tuple[str, ...]:
+    """Files that a header without voxels most likely names; which it does is not known before it is opened."""
+    if file.suffix.lower() not in itk.HEADERS:
+        return ()
+    return tuple(str(path) for suffix in itk.BESIDE if (path := file.path.with_suffix(suffix)).exists())
+
+
 def _place(file: SourceFile) -> str:
     """The folder of a file as labels files may name it: below the given one, or its name if it is that itself."""
     return os.path.dirname(file.relative) or file.path.parent.name
 
 
-def _folder_task(task: SourceTask, files: Sequence[SourceFile], known: dict[Path, SourceLabel]) -> SourceTask:
-    said = {f.path.name: asdict(known[f.path]) for f in files if f.path in known}
+def _folder_task(path: str, name: str, files: Sequence[SourceFile], known: dict[Path, SourceLabel]) -> SourceTask:
+    said = {file.path.name: asdict(known[file.path]) for file in files if file.path in known}
     details = {FOLDER: [file.path.name for file in files], "known": said}
-    return SourceTask(task.path, task.name, others=tuple(str(file.path) for file in files), details=details)
+    return SourceTask(path, name, others=tuple(str(file.path) for file in files), details=details)
 
 
 def _series_task(folder: SourceTask, stack: dict[str, Any]) -> SourceTask:
     """The patient is the group, unless labels files say another; of a series without PatientID, its place."""
     path, files = stack["path"], list(dict.fromkeys(name for name, _ in stack["pieces"]))
-    known = SourceLabel(group=None)
+    known = SourceLabel()
     for name in files:
         known = known.merged(SourceLabel(**folder.details["known"].get(name, {})), f"labels of the series {path}")
     if known.group is None and stack["patient"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,35 @@ from PIL import Image
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import InputSpec, Plan
 from fmsuite.domains.base import Overview
+from fmsuite.domains.medical.formats.dicom import is_candidate
 from fmsuite.domains.medical.intensity import measure, moments
 from fmsuite.domains.medical.options import MedicalOptions
 from fmsuite.domains.medical.pictures import grey_picture
 from fmsuite.domains.medical.xray_files import SUFFIXES, XrayImage, load_xray
 from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.labels import assign_labels
 from fmsuite.tiling.preview import contact_sheet
+from fmsuite.tiling.sources import find_files
 from fmsuite.tiling.table import spread_rows
-from fmsuite.tiling.tasks import SourceRows, SourceTask
-
-__all__ = ["SUFFIXES", "XrayReader", "contact_sheet_of", "index_image", "overview"]
+from fmsuite.tiling.tasks import SourceRows, Sources, SourceTask
 
 SHEET_IMAGES = 64
 SHEET_CELL = 192
 OVERVIEW_SIZE = 512
+
+
+def find_images(paths: Sequence[Path], options: MedicalOptions, skipped: SkippedLog) -> Sources:
+    """A task for each picture, and each file that may be DICOM by its name.
+
+    Raises:
+        UsageError: as ``sources.find_files`` and ``labels.assign_labels``.
+    """
+    files = find_files(paths, SUFFIXES, "X-ray images (DICOM, PNG, JPEG or TIFF)", is_candidate)
+    labels = assign_labels(options, paths, files, skipped)
+    return Sources([SourceTask.of(file, labels.of(file)) for file in files], {"labels": labels.summary()})
 
 
 def index_image(task: SourceTask, options: MedicalOptions) -> SourceRows:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fmsuite.domains.medical.formats.base import SPACING_LIMITS, require
+from fmsuite.domains.medical.formats.base import SPACING_LIMITS, first_line, require
+from fmsuite.domains.medical.formats.dicom import is_candidate
+from fmsuite.domains.medical.formats.dicom_files import check_syntax, parsed
 from fmsuite.errors import ReadFailure
 
-DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
-SUFFIXES = (*DICOM_SUFFIXES, ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+"""Of pictures; files that may be DICOM are found as those of series are."""
 MODALITIES = {"CR", "DX", "RG", "MG", "IO", "PX"}
 """DICOM's projections: computed and digital radiography, film, mammography, intra-oral and panoramic X-rays."""
 MAX_PIXELS = 200_000_000
@@ -61,16 +61,11 @@ def load_xray(path: str) -> XrayImage:
 
 
 def _is_dicom(path: str) -> bool:
-    if path.lower().endswith(DICOM_SUFFIXES):
+    if is_candidate(Path(path).name):
         return True
-    with _opening(path), Path(path).open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-@contextmanager
-def _opening(path: str) -> Iterator[None]:
     try:
-        yield
+        with Path(path).open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
     except FileNotFoundError as error:
         raise ReadFailure(path, "open", "the file does not exist.", "Check the path.") from error
     except OSError as error:
@@ -82,29 +77,21 @@ def _load_dicom(path: str) -> XrayImage:
     dark for light where MONOCHROME1 says so."""
     pydicom = require("pydicom")
     processing = require("pydicom.pixels")
-    with _opening(path):
-        try:
-            data = pydicom.dcmread(path)
-        except pydicom.errors.InvalidDicomError as error:
-            raise ReadFailure(
-                path, "open", "it does not begin as DICOM files do (a preamble and DICM).", "Write it again as PS3.10."
-            ) from error
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            # What a damaged data set makes pydicom raise is not enumerated anywhere.
-            raise ReadFailure(path, "open", f"not a readable DICOM file ({error}).", "Fetch it again.") from error
+    try:
+        data = parsed(path)
+    except pydicom.errors.InvalidDicomError as error:
+        raise ReadFailure(path, "open", "not a DICOM file.", "Fetch it again, or leave it out.") from error
     _check_dicom(path, data)
+    check_syntax(path, data)
     try:
         stored = data.pixel_array
+    # Each decoder has errors of its own, and damaged streams raise more kinds than they document.
     except Exception as error:
-        syntax = data.file_meta.get("TransferSyntaxUID")
-        name = getattr(syntax, "name", "unknown") if syntax else "unknown"
         raise ReadFailure(
             path,
             "read",
-            f"its pixels cannot be decoded; the transfer syntax is {name} ({_first_line(error)}).",
-            "Fetch the file again if it is cut short, or decompress it (gdcmconv --raw).",
+            f"the pixels cannot be read; the file is damaged or cut short ({first_line(error)}).",
+            "Fetch the file again.",
         ) from error
     padding = _padding(data, stored)
     try:
@@ -117,7 +104,7 @@ def _load_dicom(path: str) -> XrayImage:
         raise ReadFailure(
             path,
             "metadata",
-            f"its lookup table or window cannot be applied ({_first_line(error)}).",
+            f"its lookup table or window cannot be applied ({first_line(error)}).",
             "Correct or remove VOILUTSequence, WindowCenter and WindowWidth.",
         ) from error
     values = np.asarray(values, dtype=np.float32)
@@ -209,7 +196,7 @@ def _load_picture(path: str) -> XrayImage:
         raise
     except Exception as error:
         raise ReadFailure(
-            path, "open", f"not a readable image ({_first_line(error)}).", "Check that the file is what its name says."
+            path, "open", f"not a readable image ({first_line(error)}).", "Check that the file is what its name says."
         ) from error
     return XrayImage(pixels)
 
@@ -247,8 +234,3 @@ def _checked_pixels(path: str, image: Image.Image) -> np.ndarray:
             "Leave it out, or convert it to grey if its colours are only a tint or a mark.",
         )
     return colours[..., 1].copy()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -55,3 +55,13 @@ def test_missing_values_are_refused():
         regression_scores(torch.tensor([1.0, torch.nan]), torch.zeros(2))
     with pytest.raises(UsageError, match="no equal lists"):
         regression_scores(torch.zeros(3), torch.zeros(2))
+
+
+def test_one_answer_for_all_has_no_correlation_whatever_its_size():
+    target = torch.from_numpy(sample()[1])
+    for answer in (0.1, 41.516126855, 1e6 / 3):
+        found = regression_scores(torch.full_like(target, answer), target)
+        assert found["pearson"].isnan()
+        assert found["r2"] <= 0
+    far = 1e6 + target * 1e-3
+    assert regression_scores(far, target)["pearson"].item() == pytest.approx(1, abs=1e-6)

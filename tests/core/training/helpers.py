@@ -26,7 +26,6 @@ from fmsuite.core.training.checkpoint import load_checkpoint
 from fmsuite.core.training.config import MonitorConfig, OptimConfig, TrainingConfig
 from fmsuite.core.training.loop import RunFolder, TrainResult, train
 
-ROOT = Path(__file__).resolve().parents[3]
 SIZE, PATCH, WIDTH, CLASSES = 8, 4, 12, 3
 SPEC = InputSpec(
     axes=("y", "x"), size=(SIZE, SIZE), channels=(Channel(name="grey", mean=0.5, std=0.25),), scale=1 / 255
@@ -227,7 +226,7 @@ def final_state(folder: Path, step: int) -> dict[str, Tensor]:
     return load_checkpoint(folder / "checkpoints" / f"step-{step:08d}").state
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """A toy run as a process of its own, for tests that kill it or start several ranks."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -260,7 +259,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = run_toy(options.folder, config, resume=options.resume, loader=loader, skipped=log)
         if rank() == 0:
             (options.folder / "result.txt").write_text(f"{result.step} {result.interrupted}")
-
-
-if __name__ == "__main__":
-    main()

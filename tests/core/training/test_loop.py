@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from fmsuite.core.training.loop import RunFolder
 from fmsuite.core.training.metrics import read_metrics
 from fmsuite.errors import FmsuiteError, UsageError
 from tests.core.training.helpers import (
-    ROOT,
     ToyObjective,
     final_state,
     main,
@@ -33,6 +30,7 @@ from tests.core.training.helpers import (
     run_toy,
     skipped_window,
 )
+from tests.forked import forkserver
 
 
 def assert_same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -47,13 +45,12 @@ def measured(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(folder / "metrics.jsonl")]
 
 
-def python(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
+def apart(*arguments: str) -> int | None:
+    """The exit code of a toy run in a process of its own."""
+    process = forkserver().Process(target=main, args=(arguments,))
+    process.start()
+    process.join(240)
+    return process.exitcode
 
 
 def test_the_toy_learns_and_leaves_metrics_and_checkpoints(tmp_path: Path) -> None:
@@ -130,15 +127,13 @@ def test_dropout_draws_differ_between_steps_and_seeds(tmp_path: Path) -> None:
     assert not torch.equal(draws[0], draws[1])
 
 
-@pytest.mark.slow
 def test_a_run_killed_outright_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     config = make_config(12, objective={"dropout": 0.2})
     torch.set_num_threads(1)
     run_toy(tmp_path / "whole", config)
-    module = "tests.core.training.helpers"
-    killed = python(module, str(tmp_path / "parts"), "--dropout", "0.2", "--stop-at", "7", check=False)
-    assert killed.returncode == -signal.SIGKILL
-    python(module, str(tmp_path / "parts"), "--dropout", "0.2", "--resume")
+    parts = [str(tmp_path / "parts"), "--dropout", "0.2"]
+    assert apart(*parts, "--stop-at", "7") == -signal.SIGKILL
+    assert apart(*parts, "--resume") == 0
     assert_same_state(final_state(tmp_path / "parts", 12), final_state(tmp_path / "whole", 12))
     assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
 

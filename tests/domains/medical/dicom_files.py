@@ -1,4 +1,4 @@
-"""DICOM series written on the spot, with pydicom."""
+"""DICOM series written on the spot, with pydicom, and read by another reader."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pydicom
+import pytest
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 RIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """Columns grow to the patient's left, rows to posterior: an axial slice."""
 
@@ -124,3 +126,19 @@ def rewrite(path: Path, change: Callable[[FileDataset], Any]) -> None:
     data = pydicom.dcmread(path)
     change(data)
     data.save_as(path, enforce_file_format=True)
+
+
+def by_gdcm(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, rows, slices) and the affine in RAS, as ITK's GDCM reads the one series of a folder."""
+    itk = pytest.importorskip("itk")
+    names = itk.GDCMSeriesFileNames.New(Directory=str(folder), UseSeriesDetails=False)
+    (uid,) = names.GetSeriesUIDs()
+    reader = itk.ImageSeriesReader[itk.Image[itk.F, 3]].New(
+        FileNames=names.GetFileNames(uid), ImageIO=itk.GDCMImageIO.New(), ForceOrthogonalDirection=False
+    )
+    reader.Update()
+    image = reader.GetOutput()
+    affine = np.eye(4)
+    affine[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return itk.array_from_image(image).transpose(2, 1, 0), LPS @ affine

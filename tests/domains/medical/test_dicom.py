@@ -28,7 +28,9 @@ from fmsuite.domains.medical.volumes import load_volume
 from fmsuite.errors import ReadFailure, UsageError
 
 from .dicom_files import (
+    LPS,
     RIGHT,
+    by_gdcm,
     dataset,
     put_pixels,
     rewrite,
@@ -37,8 +39,6 @@ from .dicom_files import (
     write_enhanced,
     write_series,
 )
-
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def noise(*shape: int, low: int = 0, high: int = 3000, kind: type = np.int16, seed: int = 0) -> np.ndarray:
@@ -56,22 +56,6 @@ def only(folder: Path) -> dicom.Stored:
     (stack,), notes = stacks_of(folder)
     assert not notes
     return dicom.read(stack.path, stack.pieces)
-
-
-def by_gdcm(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(columns, rows, slices) and the affine in RAS, as ITK's GDCM reads the one series of a folder."""
-    itk = pytest.importorskip("itk")
-    names = itk.GDCMSeriesFileNames.New(Directory=str(folder), UseSeriesDetails=False)
-    (uid,) = names.GetSeriesUIDs()
-    reader = itk.ImageSeriesReader[itk.Image[itk.F, 3]].New(
-        FileNames=names.GetFileNames(uid), ImageIO=itk.GDCMImageIO.New(), ForceOrthogonalDirection=False
-    )
-    reader.Update()
-    image = reader.GetOutput()
-    affine = np.eye(4)
-    affine[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return itk.array_from_image(image).transpose(2, 1, 0), LPS @ affine
 
 
 @given(
@@ -133,9 +117,7 @@ def test_series_of_one_folder_are_sources_and_patients_their_groups(tmp_path: Pa
     assert index.sources == [str(study / "alone"), str(study / "mixed" / "1.2.840.10"), str(study / "mixed" / "A0")]
     groups = {source: index.where("source", source)[0].group for source in index.sources}
     assert list(groups.values()) == ["alone", "anna", "anna"]
-    assert [(Path(e.path).name, e.reason) for e in skipped.entries] == [
-        ("mixed", "1 files are not DICOM, such as notes.")
-    ]
+    assert [(Path(e.path).name, e.reason) for e in skipped.entries] == [("mixed", "not DICOM: notes. It is left out.")]
     index.write(tmp_path / "i.parquet")
     reader = domain.reader(SampleIndex.read(tmp_path / "i.parquet"))
     window = index.where("source", str(study / "mixed" / "1.2.840.10"))[0]
@@ -312,6 +294,11 @@ FAULTS = {
     "private syntax": (each(private), "private or unknown transfer syntax"),
     "decoder that is not installed": (each(uninstalled), "Install pylibjpeg"),
     "truncated": (cut, "damaged or cut short"),
+    "one place": (
+        each(lambda data: tags(ImagePositionPatient=[0, 0, 0], EchoTime=data.InstanceNumber)(data)),
+        "a single",
+    ),
+    "mosaic": (each(tags(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])), "a mosaic"),
     "colour": (each(tags(SamplesPerPixel=3)), "a colour image"),
     "frames without places": (each(tags(NumberOfFrames=2)), "2 frames that do not say where"),
 }

@@ -107,6 +107,18 @@ def complex_values(save) -> Path:
     return save("bad.nii", noise(16, 16, 16).astype(np.complex64))
 
 
+def overflowing(save) -> Path:
+    path = save("bad.nii", noise(16, 16, 16).astype(np.int16))
+    patch_header(path, 112, "<2f", 3e37, 0)
+    return path
+
+
+def rescaled_by_infinity(save) -> Path:
+    path = save("bad.nii", noise(16, 16, 16).astype(np.int16))
+    patch_header(path, 112, "<2f", 1, np.inf)
+    return path
+
+
 FAULTS: dict[str, tuple[Callable[..., Path], str]] = {
     "truncated .nii.gz": (truncated, "cut short"),
     "truncated .nii": (truncated_plain, "cut short"),
@@ -121,6 +133,10 @@ FAULTS: dict[str, tuple[Callable[..., Path], str]] = {
     "5D": (lambda save: save("bad.nii", noise(8, 8, 8, 1, 3)), "5 dimensions"),
     "NaN only": (lambda save: save("bad.nii", np.full((16, 16, 16), np.nan, np.float32)), "no voxel is a finite"),
     "constant": (lambda save: save("bad.nii", np.full((16, 16, 16), 7, np.float32)), "every voxel has the value 7"),
+    "infinite only": (lambda save: save("bad.nii", np.full((16, 16, 16), np.inf, np.float32)), "no voxel is a finite"),
+    "all zero": (lambda save: save("bad.nii", np.zeros((16, 16, 16), np.int16)), "every voxel has the value 0"),
+    "overflow on rescaling": (overflowing, "overflow when rescaled"),
+    "rescaled by infinity": (rescaled_by_infinity, "the header cannot be read (Valid slope but invalid intercept"),
     "zero spacing": (zero_spacing, "voxels of 0 x"),
     "absurd spacing": (with_affine(1, 1, 4000), "voxels of 1 x 1 x 4000 mm"),
     "tiny spacing": (with_affine(1e-4, 1, 1), "voxels of 0.0001"),

@@ -27,6 +27,8 @@ from fmsuite.core.inputs import Reading
 from fmsuite.domains.medical import MedicalDomain, MedicalOptions
 from fmsuite.errors import ReadFailure, UsageError
 
+from .dicom_files import write_series
+
 MODEL = ModelConfig(name="vit_tiny", width=24, depth=1, heads=2, patch_size=4)
 OPTIONS = {
     "mr": {"size": 8, "spacing": (2.0, 1.0, 1.5)},
@@ -94,6 +96,21 @@ def test_orientation_and_gain_of_a_file_make_no_difference_to_what_is_read(files
     torch.testing.assert_close(
         encoder.read(tmp_path / "other.nii").pixels, encoder.read(files["mr"]).pixels, rtol=0, atol=1e-4
     )
+
+
+def test_a_folder_is_read_if_it_is_one_series(files, runs, tmp_path: Path) -> None:
+    encoder = load_encoder(runs["mr"])
+    values = nibabel.load(files["mr"]).get_fdata()
+    # Rows to posterior and columns to the left are RAS turned about, slice by slice.
+    slices = np.ascontiguousarray(values[::-1, ::-1].transpose(2, 1, 0).round().astype(np.int16))
+    write_series(tmp_path / "one", slices)
+    whole = nibabel.Nifti1Image(np.rint(values), np.eye(4))
+    whole.set_sform(np.eye(4), code=1)
+    nibabel.save(whole, tmp_path / "same.nii")
+    torch.testing.assert_close(encoder.read(tmp_path / "one").pixels, encoder.read(tmp_path / "same.nii").pixels)
+    write_series(tmp_path / "one", slices, series="1.2.3.9", name="other{:03d}.dcm".format)
+    with pytest.raises(ReadFailure, match="2 images"):
+        encoder.read(tmp_path / "one")
 
 
 def test_what_encoder_json_says_of_reading(runs) -> None:

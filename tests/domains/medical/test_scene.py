@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from nibabel.processing import resample_from_to
 
@@ -50,7 +50,7 @@ def turned(affine: np.ndarray, degrees: tuple[float, float, float]) -> np.ndarra
     codes=st.sampled_from([(1, 1), (2, 0), (0, 1), (4, 3)]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_native_to_own_and_back_puts_every_voxel_where_it_was(
     tmp_path_factory, orientation, spacing, shape, degrees, codes, seed
 ) -> None:
@@ -195,6 +195,16 @@ def test_several_maps_become_the_fourth_axis(save, gridded, tmp_path: Path) -> N
     image = nibabel.load(path)
     assert image.get_data_dtype() == np.float32
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), np.moveaxis(maps, 0, -1).astype(np.float32))
+
+
+def test_an_assumed_orientation_is_not_stated_by_what_is_written(save, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(100, 20, (5, 6, 7)).astype(np.float32)
+    path = save("a.nii", values, code=0)
+    scene = scene_of(path, margin=None, unknown_orientation="assume")
+    written = nibabel.load(scene.write(values > 100, tmp_path / "out"))
+    assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (0, 0)
+    np.testing.assert_array_equal(written.affine, nibabel.load(path).affine)
+    np.testing.assert_array_equal(written.get_fdata(), values > 100)
 
 
 def test_what_does_not_fit_a_scene_is_refused(save, gridded, tmp_path: Path) -> None:

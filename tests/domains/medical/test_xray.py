@@ -105,9 +105,10 @@ def test_what_cannot_be_used_is_skipped_and_the_rest_goes_on(tmp_path: Path) -> 
     Image.fromarray(PIXELS).save(tmp_path / "good.png")
     Image.fromarray(np.full((9, 9), 7, np.uint8)).save(tmp_path / "flat.png")
     (tmp_path / "empty.dcm").write_bytes(b"")
+    write_dicom(tmp_path / "IM0001", PIXELS, "p")
     skipped = SkippedLog()
     index = build_index(domain(), [tmp_path], skipped)
-    assert [Path(source).name for source in index.sources] == ["good.png"]
+    assert [Path(source).name for source in index.sources] == ["IM0001", "good.png"]
     assert {Path(entry.path).name for entry in skipped.entries} == {"flat.png", "empty.dcm"}
 
 

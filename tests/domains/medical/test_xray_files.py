@@ -124,7 +124,7 @@ def test_spacing_is_that_of_the_detector_where_it_is_known(film) -> None:
         ({"Modality": "CT"}, "modality is 'CT', which is no X-ray"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour image"),
         ({"PixelData": (3 * STORED.tobytes()), "NumberOfFrames": 3}, "3 frames"),
-        ({"PixelData": STORED.tobytes()[:-20]}, "cannot be decoded; the transfer syntax is Explicit VR Little Endian"),
+        ({"PixelData": STORED.tobytes()[:-20]}, "damaged or cut short"),
         ({"WindowCenter": 10, "WindowWidth": 0}, "window cannot be applied"),
         ({"Rows": 0}, "0 x 7 pixels"),
     ],
@@ -195,7 +195,8 @@ def test_pictures_that_are_refused_say_why(tmp_path: Path) -> None:
 def test_odd_dicom_files_are_read_or_refused_for_what_they_are(real_data: Path, tmp_path: Path) -> None:
     folder = real_data / "medical" / "dicom_pydicom"
     for name, said in {
-        "no_meta.dcm": "does not begin as DICOM files do",
+        # Its first bytes are missing as well.
+        "no_meta.dcm": "not a DICOM file",
         "examples_ybr_color.dcm": "modality is 'US'",
         "rtdose.dcm": "modality is 'RTDOSE'",
         "liver_1frame.dcm": "modality is 'SEG'",
@@ -207,6 +208,9 @@ def test_odd_dicom_files_are_read_or_refused_for_what_they_are(real_data: Path, 
     def as_radiograph(name: str) -> str:
         data = pydicom.dcmread(folder / name)
         data.Modality = "DX"
+        for window in ("WindowCenter", "WindowWidth"):
+            if window in data:
+                del data[window]
         data.save_as(tmp_path / name)
         return str(tmp_path / name)
 
@@ -214,7 +218,7 @@ def test_odd_dicom_files_are_read_or_refused_for_what_they_are(real_data: Path, 
         "examples_ybr_color.dcm": "a colour image \\(YBR_FULL_422\\)",
         "examples_jpeg2k.dcm": "a colour image \\(YBR_RCT\\)",
         "rtdose.dcm": "15 frames",
-        "MR_truncated.dcm": "cannot be decoded",
+        "MR_truncated.dcm": "damaged or cut short",
         "liver_1frame.dcm": "BitsStored 1",
     }.items():
         with pytest.raises(ReadFailure, match=said):
@@ -222,5 +226,8 @@ def test_odd_dicom_files_are_read_or_refused_for_what_they_are(real_data: Path, 
     # The same image, run-length encoded and not.
     plain, packed = (load_xray(as_radiograph(name)) for name in ("MR_small.dcm", "MR_small_RLE.dcm"))
     np.testing.assert_array_equal(plain.values, packed.values)
-    image = load_xray(as_radiograph("693_J2KI.dcm"))
-    assert image.values.shape == (512, 512)
+    itk = pytest.importorskip("itk")
+    expected = itk.imread(str(folder / "693_J2KI.dcm"), itk.F, imageio=itk.GDCMImageIO.New())
+    np.testing.assert_array_equal(
+        load_xray(as_radiograph("693_J2KI.dcm")).values, np.asarray(itk.array_from_image(expected))[0]
+    )

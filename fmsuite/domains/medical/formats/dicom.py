@@ -15,7 +15,7 @@ import numpy as np
 
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.domains.medical.formats.base import Grid, Stored, check_affine
-from fmsuite.domains.medical.formats.dicom_files import SUFFIXES, header_of, many, slices_of, voxels_of
+from fmsuite.domains.medical.formats.dicom_files import SUFFIXES, header_of, many, quiet, slices_of, voxels_of
 from fmsuite.domains.medical.formats.stacks import (
     Slice,
     by_phase,
@@ -72,6 +72,7 @@ def is_candidate(name: str) -> bool:
     return (suffix == "" and name.lower() not in _OTHER_NAMES) or suffix[1:].isdigit()
 
 
+@quiet()
 def find_stacks(folder: str, names: Iterable[str]) -> tuple[list[Stack], list[Skipped]]:
     """The volumes in a folder, from headers alone, and why other files are in none."""
     notes: list[Skipped] = []
@@ -97,14 +98,16 @@ def find_stacks(folder: str, names: Iterable[str]) -> tuple[list[Stack], list[Sk
         except ReadFailure as failure:
             notes.append(Skipped.of(failure))
     if strangers:
-        notes.append(Skipped(folder, "open", f"{len(strangers)} files are not DICOM, such as {strangers[0]}."))
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        notes.append(Skipped(folder, "open", f"not DICOM: {strangers[0]}{more}. It is left out."))
     stacks = []
     for found in series.values():
         if any(not scout for _, _, scout in found):
             left_out = sum(scout for _, _, scout in found)
             if left_out:
                 where = os.path.join(folder, min(piece.file for piece, _, scout in found if scout))
-                notes.append(Skipped(where, "metadata", f"{left_out} localizer images in a series of slices."))
+                reason = f"{left_out} localizer images in a series of slices. They are left out."
+                notes.append(Skipped(where, "metadata", reason))
             found = [each for each in found if not each[2]]
         path = folder if len(series) == 1 else os.path.join(folder, min(piece.file for piece, _, _ in found))
         try:
@@ -125,6 +128,7 @@ def _stacked(path: str, folder: str, slices: Sequence[Slice], patient: str) -> l
     phases = by_phase(slices) or [list(slices)]
     stacks = []
     for phase in phases:
+        check_slices(path, phase)
         ordered = in_order(phase)
         name = min(piece.file for piece in ordered)
         if len(phases) > 1 and any(piece.frame is not None for piece in ordered):
@@ -145,6 +149,7 @@ def _stacked(path: str, folder: str, slices: Sequence[Slice], patient: str) -> l
     return stacks
 
 
+@quiet()
 def read(path: str, pieces: Sequence[tuple[str, int | None]] | None) -> Stored:
     """A stack, rescaled to the unit that its headers say, in float arithmetic.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,14 @@ _PHASES = (
 """By what slices of one place are told apart, the surest first."""
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without pydicom's warnings, one for each value that does not follow the standard: hundreds a series."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def header_of(path: str) -> Any:
     """The tags that place a slice; ``None`` for a file that is not DICOM.
 
@@ -61,7 +71,7 @@ def header_of(path: str) -> Any:
     """
     pydicom = require("pydicom")
     try:
-        header = _parsed(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+        header = parsed(path, stop_before_pixels=True, specific_tags=list(_TAGS))
     except pydicom.errors.InvalidDicomError as error:
         if Path(path).suffix.lower() in SUFFIXES:
             raise ReadFailure(path, "open", "not a DICOM file.", "Fetch it again, or leave it out.") from error
@@ -75,7 +85,7 @@ def header_of(path: str) -> Any:
     return header
 
 
-def _parsed(path: str, **options: Any) -> Any:
+def parsed(path: str, **options: Any) -> Any:
     """
     Raises:
         InvalidDicomError: if it is not DICOM.
@@ -110,6 +120,8 @@ def slices_of(path: str, name: str, header: Any) -> list[Slice]:
     shape = (int(header.Rows), int(header.Columns))
     if int(header.get("SamplesPerPixel", 1) or 1) != 1:
         raise ReadFailure(path, "metadata", "a colour image.", "It is left out.")
+    if "MOSAIC" in [str(part).upper() for part in many(header.get("ImageType"))]:
+        raise ReadFailure(path, "metadata", "a mosaic of slices in one image.", "Convert it to NIfTI with dcm2niix.")
     try:
         frames = int(header.get("NumberOfFrames", 1) or 1)
         groups = header.get("PerFrameFunctionalGroupsSequence")
@@ -133,7 +145,10 @@ def slices_of(path: str, name: str, header: Any) -> list[Slice]:
         return pieces
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise ReadFailure(
-            path, "metadata", f"its place cannot be read ({first_line(error)}).", "Correct the header."
+            path,
+            "metadata",
+            f"its place cannot be read ({first_line(error)}).",
+            "Correct the header; single images are read as data.modality=xray.",
         ) from error
 
 
@@ -181,11 +196,11 @@ def voxels_of(path: str) -> tuple[list[Slice], np.ndarray]:
     """
     pydicom = require("pydicom")
     try:
-        data = _parsed(path)
+        data = parsed(path)
     except pydicom.errors.InvalidDicomError as error:
         raise ReadFailure(path, "read", "not a DICOM file any more.", "Tile again.") from error
     slices = slices_of(path, os.path.basename(path), data)
-    _check_syntax(path, data)
+    check_syntax(path, data)
     try:
         stored = data.pixel_array
     # Each decoder has errors of its own, and damaged streams raise more kinds than they document.
@@ -204,7 +219,7 @@ def voxels_of(path: str) -> tuple[list[Slice], np.ndarray]:
     return slices, _rescaled(path, data, stored)
 
 
-def _check_syntax(path: str, data: Any) -> None:
+def check_syntax(path: str, data: Any) -> None:
     """
     Raises:
         ReadFailure: if nothing that is installed decodes its voxels.

@@ -30,9 +30,12 @@ from fmsuite.errors import ReadFailure
 META = (".mha", ".mhd")
 NRRD = (".nrrd", ".nhdr")
 SUFFIXES = (*META, *NRRD)
+HEADERS = (".mhd", ".nhdr")
+"""Whose voxels usually are in another file."""
 BESIDE = (".raw", ".zraw", ".raw.gz", ".img")
 """Of the files that hold the voxels of a header beside them."""
 _HEADER_BYTES = 1 << 20
+_MATRICES = ("TransformMatrix", "Rotation", "Orientation")
 _META_BYTES = {
     "CHAR": 1,
     "UCHAR": 1,
@@ -152,6 +155,9 @@ def _meta_image(path: str, head: bytes) -> _Promise:
         raise ValueError(f"NDims = {fields['NDims']} and {len(sizes)} sizes")
     several = int(fields.get("ElementNumberOfChannels", 1))
     _check_spacing(path, [float(mm) for mm in fields.get("ElementSpacing", fields.get("ElementSize", "")).split()[:3]])
+    matrix = next((fields[key] for key in _MATRICES if key in fields), None)
+    if matrix is not None:
+        _check_directions(path, np.array([float(cosine) for cosine in matrix.split()]).reshape(len(sizes), -1))
     element = fields["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")
     if element not in _META_BYTES:
         raise ValueError(f"ElementType = {fields['ElementType']}")
@@ -161,7 +167,7 @@ def _meta_image(path: str, head: bytes) -> _Promise:
         "zlib" if fields.get("CompressedData", "False").lower() == "true" else "raw",
         None if fields["ElementDataFile"].upper() == "LOCAL" else fields["ElementDataFile"],
         start,
-        any(key in fields for key in ("TransformMatrix", "Rotation", "Orientation")),
+        matrix is not None,
         times=len(sizes) == 4,
     )
 
@@ -186,11 +192,10 @@ def _nrrd(path: str, head: bytes) -> _Promise:
     if directions:
         if len(directions) != len(sizes):
             raise ValueError(f"{len(directions)} space directions for {len(sizes)} axes")
-        inside = [axis for axis, text in enumerate(directions) if text.lower() != "none"]
-        _check_spacing(
-            path,
-            [float(np.linalg.norm([float(x) for x in directions[axis].strip("()").split(",")])) for axis in inside],
-        )
+        inside = [axis for axis, text in enumerate(directions) if text != "none"]
+        vectors = np.array([[float(x) for x in directions[axis].strip("()").split(",")] for axis in inside])
+        _check_spacing(path, list(np.linalg.norm(vectors, axis=1)))
+        _check_directions(path, vectors)
     elif "spacings" in fields:
         _check_spacing(path, [float(mm) for mm in fields["spacings"].split() if mm.lower() != "nan"])
     units = {unit.strip().strip('"') for unit in fields.get("space units", "").split()} - {"mm", "", "none", "???"}
@@ -219,6 +224,13 @@ def _check_spacing(path: str, spacing: list[float]) -> None:
     if not np.isfinite(spacing).all() or min(spacing, default=1.0) <= 0:
         listed = " x ".join(f"{mm:.4g}" for mm in spacing)
         raise ReadFailure(path, "metadata", f"voxels of {listed} mm.", "Correct the header's spacing.")
+
+
+def _check_directions(path: str, vectors: np.ndarray) -> None:
+    if not np.isfinite(vectors).all() or np.linalg.matrix_rank(vectors) < len(vectors):
+        raise ReadFailure(
+            path, "metadata", "axes whose directions are not those of a volume.", "Correct the header's directions."
+        )
 
 
 def _data_file(path: str, promise: _Promise) -> str:

@@ -44,7 +44,9 @@ def read(path: str, channels: int, assume_orientation: bool) -> Stored:
         if path.lower().endswith(".gz"):
             needed = source.dataobj.offset + int(np.prod(source.shape)) * source.get_data_dtype().itemsize
             source = type(source).from_bytes(_decompress(path, needed))
-        array = np.asarray(source.dataobj, dtype=np.float32)
+        # Beyond single precision a voxel becomes infinite, which is looked at below.
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = np.asarray(source.dataobj, dtype=np.float32)
     except (
         OSError,
         EOFError,
@@ -60,6 +62,8 @@ def read(path: str, channels: int, assume_orientation: bool) -> Stored:
             f"the voxels cannot be read; the file is damaged or cut short ({first_line(error)}).",
             "Fetch the file again.",
         ) from error
+    if source.get_data_dtype().kind in "iu" and not np.isfinite(array).all():
+        raise ReadFailure(path, "read", "values overflow when rescaled.", "Correct scl_slope and scl_inter.")
     array = array.reshape((*array.shape[:3], -1))
     shape = (array.shape[0], array.shape[1], array.shape[2])
     header = source.header.copy()
@@ -83,9 +87,9 @@ def check_header(path: str, channels: int, assume_orientation: bool) -> None:
         length_unit = header.get_xyzt_units()[0]
     except FileNotFoundError as error:
         raise ReadFailure(path, "open", "the file does not exist.", "Check the path.") from error
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
+    except nibabel.filebasedimages.ImageFileError as error:
         raise ReadFailure(path, "open", "not a NIfTI image.", "Convert it to NIfTI, or leave it out.") from error
-    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+    except (nibabel.spatialimages.HeaderDataError, OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise ReadFailure(
             path, "open", f"the header cannot be read ({first_line(error)}).", "Fetch or convert the file again."
         ) from error
