@@ -113,7 +113,7 @@ def _open_out(out: Path, config: FinetuneConfig) -> None:
     path = out / TASK
     now = config.model_dump(mode="json")
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         differing = [key for key in now if key not in FREE and before.get(key) != now[key]]
         if differing:
             raise UsageError(
@@ -148,9 +148,10 @@ def _finetune(
         judged = _judged(out, plan)
         if judged is None:
             log.info("Run %d of %d: %s.", number, len(plans), plan.name)
-            stopped = train_run(setup, plan)
-            if stopped is not None:
-                return Finetuned(out, None, None, stopped, skipped.summary())
+        stopped = train_run(setup, plan)
+        if stopped is not None:
+            return Finetuned(out, None, None, stopped, skipped.summary())
+        if judged is None:
             judged = _judge(setup, plan)
         runs.append(judged)
     results = collect_results(setup, arms, runs, whole, command, start)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from fmsuite.commands.finetune_config import FROM_CLASSES, ArmOptions, FinetuneConfig
 from fmsuite.commands.finetune_data import Fold, TaskData
@@ -129,6 +130,37 @@ def _standard(targets: Array | None, rows: Array) -> dict[str, tuple[float, ...]
     }
 
 
+def run_config(setup: Setup, plan: RunPlan, task: Task) -> RunConfig:
+    """What decides a run, as the training loop records it.
+
+    Raises:
+        UsageError: if the run's folder holds one that was begun with another task, optimiser or network.
+    """
+    config = setup.config
+    own = RunConfig(
+        recipe="finetune",
+        domain=config.domain,
+        seed=setup.run_seed(plan.seed),
+        data=setup.data.domain.options,
+        model=task.backbone.config,  # type: ignore[arg-type]
+        objective=task.name,
+        objective_options=task.config,
+        optim=config.arm_optim(plan.arm),
+        training=config.training.plain(),
+        monitor=MonitorConfig(every=0),
+    )
+    path = RunFolder(setup.out / plan.folder).config_path
+    if path.exists():
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(own.to_yaml())
+        differing = [key for key in ("seed", "model", "objective", "optim") if before.get(key) != now[key]]
+        if differing:
+            raise UsageError(
+                f"{path.parent}: this run was begun with another {' and '.join(differing)}.",
+                "Give the arm another name, remove the run's folder, or give the original values.",
+            )
+    return own
+
+
 def train_run(setup: Setup, plan: RunPlan) -> signal.Signals | None:
     """Train to the end, or go on where an earlier command stopped, and write the network. Nothing is done where it was
     written before.
@@ -137,29 +169,18 @@ def train_run(setup: Setup, plan: RunPlan) -> signal.Signals | None:
         By what it was asked to stop; ``None`` if it ended.
 
     Raises:
+        UsageError: as ``run_config``.
         UsageError, FmsuiteError: as ``train``.
     """
     run = RunFolder(setup.out / plan.folder)
-    if (run.path / DESCRIPTION).exists():
-        return None
     config, data, seed = setup.config, setup.data, setup.run_seed(plan.seed)
     groups = data.train_groups(plan.fold, plan.fraction, seed)
     rows = data.rows_of(groups)
     task = setup.objective(plan.arm, groups, plan.seed)
-    spec = task.backbone.spec
-    training = config.training.plain()
-    own = RunConfig(
-        recipe="finetune",
-        domain=config.domain,
-        seed=seed,
-        data=data.domain.options,
-        model=task.backbone.config,  # type: ignore[arg-type]
-        objective=task.name,
-        objective_options=task.config,
-        optim=config.arm_optim(plan.arm),
-        training=training,
-        monitor=MonitorConfig(every=0),
-    )
+    own = run_config(setup, plan, task)
+    if (run.path / DESCRIPTION).exists():
+        return None
+    spec, training = task.backbone.spec, own.training
     index = data.index.select(rows)
     reader = open_reader(data.domain, index)
     sampler: WindowSampler | None = None

@@ -26,6 +26,7 @@ from fmsuite.core.data.skipped import SkippedLog  # noqa: E402
 from fmsuite.core.encoders import load_encoder, save_encoder  # noqa: E402
 from fmsuite.core.evaluation.cases import OVERALL, FinetuneResults  # noqa: E402
 from fmsuite.core.inputs import Channel, InputSpec  # noqa: E402
+from fmsuite.errors import UsageError  # noqa: E402
 
 SPEC = InputSpec(
     axes=("z", "y", "x"),
@@ -216,8 +217,11 @@ def test_a_stopped_fine_tuning_goes_on(
     assert outcome.results.cells == whole.cells
     starts = [len(json.loads((tmp_path / run.folder / "run.json").read_text())["starts"]) for run in whole.runs]
     assert starts == [2, 1, 1, 1]
-    with pytest.raises(Exception, match="begun with another optim"):
+    with pytest.raises(UsageError, match="begun with another optim"):
         command.finetune(task, tmp_path, overrides=["optim.lr=0.1"])
+    other = "compare=[{name: scratch, optim: {lr: 0.1}}]"
+    with pytest.raises(UsageError, match="this run was begun with another optim"):
+        command.finetune(task, tmp_path, overrides=[other])
 
 
 def test_further_arms_folds_and_an_unreadable_case(place: Path, tmp_path: Path, fmsuite):
