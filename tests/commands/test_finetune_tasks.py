@@ -72,7 +72,7 @@ def write(folder: Path, name: str, **changes: object) -> Path:
 
 
 def test_classes(place: Path, tmp_path: Path, fmsuite):
-    task = write(place, "classes", few={"fractions": [0.1, 1.0]}, training={"steps": 12, "batch_size": 8, "workers": 0})
+    task = write(place, "classes", few={"fractions": [0.1, 1.0]}, training={"steps": 8, "batch_size": 8, "workers": 0})
     results = finetune(task, tmp_path).results
     assert results is not None
     assert results.labels == ["dark", "pale"]
@@ -127,10 +127,11 @@ def test_findings_with_gaps(place: Path, tmp_path: Path):
         task={"name": "multilabel", "classes": ["dark", "round"], "augment": "none"},
         targets=str(place / "targets.csv"),
         split={"folds": 3},
+        scratch=False,
     )
     results = finetune(task, tmp_path).results
     assert results is not None
-    assert sorted(n for run in results.runs if run.arm == "full" for n in run.cases) == list(range(TILES))
+    assert sorted(n for run in results.runs for n in run.cases) == list(range(TILES))
     truth = {case.id: case.truth for case in results.cases}
     assert (truth["3.png"], truth["4.png"]) == ([1.0, None], [0.0, 1.0])
     assert set(results.cells[0].scores["auroc"]) == {OVERALL, "dark", "round"}

@@ -156,7 +156,7 @@ class FinetuneResults(Record):
     Attributes:
         unit: what a case is, in the singular; group_unit: what a group is.
         labels: names of what a metric is given for, the background left out; empty where a metric has no labels.
-        cases: all that were held out, in the order that runs refer to.
+        cases: all of them, learned from or held out, in the order that runs refer to.
         split: one sentence on who was trained on and who was asked.
         metrics: by name.
         primary: the metric that answers the question.
