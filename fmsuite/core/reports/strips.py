@@ -39,7 +39,7 @@ def strips(key: str, rows: Sequence[Strip], *, title: str, x_label: str) -> str:
     """
     left = min(max(len(row.name) for row in rows), LONGEST_LABEL) * LETTER + 16
     x = Axis.linear(x_label, (value for row in rows for value in row.values))
-    plot = Plot(x, Axis("", 0, 1, ()), left, TOP, WIDTH - left - 16, ROW * len(rows))
+    plot = Plot(x, Axis("", 0, 1, ()), left, TOP, WIDTH - left - 24, ROW * len(rows))
     parts = [
         tag("line", class_="grid", x1=at, x2=at, y1=TOP, y2=TOP + plot.height)
         for at in (plot.at(value, 0)[0] for value, _ in x.ticks)

@@ -7,7 +7,7 @@ import math
 from fmsuite.core.evaluation.cases import OVERALL, Cell, FinetuneResults
 from fmsuite.core.evaluation.results import Estimate
 from fmsuite.core.reports.answer import Answer, Finding
-from fmsuite.core.reports.tuned_wording import better, between, labelled, scored, signed, with_interval
+from fmsuite.core.reports.tuned_wording import better, between, labelled, scored, signed, vanishes, with_interval
 from fmsuite.core.reports.wording import counted, listed, plural
 
 
@@ -69,7 +69,7 @@ def _article(name: str) -> str:
 
 def _beyond(results: FinetuneResults, less: Estimate) -> str:
     metric = results.metrics[results.primary]
-    if abs(less.mean) < 0.0005:
+    if vanishes(less.mean, metric):
         return ", level with the same network from scratch"
     word = "above" if less.mean > 0 else "below"
     amount = f"{scored(abs(less.mean), metric)}{f' {metric.unit}' if metric.unit else ''}"

@@ -121,8 +121,9 @@ def _group_title(results: FinetuneResults, fraction: float, cells: Sequence[Cell
 
 
 def _top(estimates: Sequence[Estimate | None], higher: bool) -> float:
-    values = [estimate.mean for estimate in estimates if estimate is not None and math.isfinite(estimate.mean)]
-    return math.nan if not values else max(values) if higher else min(values)
+    """The best value; not a number where all are the same, and none is best."""
+    values = {estimate.mean for estimate in estimates if estimate is not None and math.isfinite(estimate.mean)}
+    return math.nan if len(values) < 2 else max(values) if higher else min(values)
 
 
 def _number(results: FinetuneResults, name: str, estimate: Estimate | None, top: float) -> Number:

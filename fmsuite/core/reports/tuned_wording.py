@@ -9,7 +9,7 @@ from fmsuite.core.reports.wording import decimal, interval, plural
 
 def scored(value: float, metric: Metric) -> str:
     """Three decimals of a share; two of what has a unit, which a table's caption names."""
-    return decimal(value) if not metric.unit else f"{value:.2f}".replace("-", "−")
+    return decimal(value) if not metric.unit else f"{value:.2f}".replace("-", "−").replace("−0.00", "0.00")
 
 
 def between(estimate: Estimate, metric: Metric, signed: bool = False) -> str:
@@ -24,7 +24,12 @@ def between(estimate: Estimate, metric: Metric, signed: bool = False) -> str:
 
 def signed(value: float, metric: Metric) -> str:
     written = scored(value, metric)
-    return written if written.startswith("−") or value != value else f"+{written}"
+    return written if value < 0 or vanishes(value, metric) else f"+{written}"
+
+
+def vanishes(value: float, metric: Metric) -> bool:
+    """Whether nothing is left of a difference in the decimals that are written."""
+    return not abs(value) >= (0.005 if metric.unit else 0.0005)
 
 
 def with_interval(estimate: Estimate, metric: Metric) -> str:
@@ -33,8 +38,10 @@ def with_interval(estimate: Estimate, metric: Metric) -> str:
 
 
 def better(estimate: Estimate, metric: Metric) -> bool | None:
-    """Whether a difference is for the better, with its whole interval; ``None`` where it may be neither."""
+    """Whether a difference is for the better with its whole interval; ``None`` where it may be neither, or vanishes."""
     if estimate.low is None or estimate.high is None or estimate.low <= 0 <= estimate.high:
+        return None
+    if vanishes(estimate.mean, metric):
         return None
     return (estimate.low > 0) == metric.higher
 

@@ -81,7 +81,14 @@ def _load_dicom(path: str) -> XrayImage:
         data = parsed(path)
     except pydicom.errors.InvalidDicomError as error:
         raise ReadFailure(path, "open", "not a DICOM file.", "Fetch it again, or leave it out.") from error
-    _check_dicom(path, data)
+    # Values are converted when they are asked for; one of the wrong kind or number shows only then.
+    try:
+        _check_dicom(path, data)
+        spacing = _dicom_spacing(path, data)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ReadFailure(
+            path, "metadata", f"a value of its header is not what it should be ({first_line(error)}).", "Correct it."
+        ) from error
     check_syntax(path, data)
     try:
         stored = data.pixel_array
@@ -93,8 +100,8 @@ def _load_dicom(path: str) -> XrayImage:
             f"the pixels cannot be read; the file is damaged or cut short ({first_line(error)}).",
             "Fetch the file again.",
         ) from error
-    padding = _padding(data, stored)
     try:
+        padding = _padding(data, stored)
         values = processing.apply_modality_lut(_for_table(stored, data.get("ModalityLUTSequence")), data)
         for name in ("WindowCenter", "WindowWidth"):
             if name in data and data[name].VM == 0:
@@ -104,8 +111,8 @@ def _load_dicom(path: str) -> XrayImage:
         raise ReadFailure(
             path,
             "metadata",
-            f"its lookup table or window cannot be applied ({first_line(error)}).",
-            "Correct or remove VOILUTSequence, WindowCenter and WindowWidth.",
+            f"its lookup table, window or padding cannot be applied ({first_line(error)}).",
+            "Correct or remove VOILUTSequence, WindowCenter, WindowWidth and PixelPaddingValue.",
         ) from error
     values = np.asarray(values, dtype=np.float32)
     if not np.isfinite(values).all():
@@ -113,7 +120,7 @@ def _load_dicom(path: str) -> XrayImage:
     if data.PhotometricInterpretation == "MONOCHROME1":
         values = values.max() + values.min() - values
     patient = str(data.get("PatientID") or "").strip() or None
-    return XrayImage(values, padding, _dicom_spacing(path, data), patient)
+    return XrayImage(values, padding, spacing, patient)
 
 
 def _for_table(values: np.ndarray, tables: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fmsuite.core.evaluation.cases import OVERALL, FinetuneResults
-from fmsuite.core.evaluation.results import RESULTS
+from fmsuite.core.evaluation.results import RESULTS, Estimate
 from fmsuite.core.reports.page import render
 from fmsuite.core.reports.sources import read_sources
 from fmsuite.core.reports.strips import Strip, strips, swarm
@@ -18,8 +18,9 @@ from fmsuite.core.reports.tuned import Tuned, case_values, read_tuned
 from fmsuite.core.reports.tuned_answer import tuned_answer
 from fmsuite.core.reports.tuned_section import TunedSection, tuned_section
 from fmsuite.core.reports.tuned_tables import difference_table, score_table
+from fmsuite.core.reports.tuned_wording import better, signed
 from fmsuite.errors import UsageError
-from tests.core.reports.tuned_factory import LEVELS, finetune_results, write_finetune
+from tests.core.reports.tuned_factory import LEVELS, METRICS, finetune_results, write_finetune
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,21 @@ def test_a_difference_that_is_none_or_a_loss_is_said_to_be_one(low: float, high:
 
     assert words in said.headline
     assert said.findings[0].kind == kind
+
+
+def test_a_difference_that_no_decimal_shows_is_neither_better_nor_worse() -> None:
+    metric = METRICS["dice"]
+    least = Estimate(mean=-0.0003, low=-0.0004, high=-0.0002)
+
+    assert (signed(-0.0003, metric), signed(0.0004, metric)) == ("0.000", "0.000")
+    assert (signed(0.02, metric), signed(-0.02, metric)) == ("+0.020", "−0.020")
+    assert (signed(0.004, METRICS["hd95"]), signed(-0.004, METRICS["hd95"])) == ("0.00", "0.00")
+    assert better(least, metric) is None
+    results = finetune_results()
+    cell = results.cell("full", 1.0)
+    assert cell is not None
+    cell.differences["dice"][OVERALL] = least
+    assert "level with the same network from scratch" in tuned_answer(results).headline
 
 
 def test_where_lower_is_better_the_lowest_is_best_and_a_fall_is_a_gain() -> None:

@@ -188,12 +188,12 @@ def test_files_that_cannot_be_read_and_domains_that_are_not_there(runs, files, t
         encoder.read(tmp_path / "cut.nii")
     with pytest.raises(UsageError, match="no such file"):
         encoder.read(tmp_path / "gone.nii")
-    for domain, said in (("nowhere", "no domain 'nowhere'"), ("svg", "'svg' do not say how")):
-        reading = Reading(domain=domain, modality="mr", plan="minmax", size=(8, 8, 8))
-        spec = encoder.spec.model_copy(update={"reading": reading})
-        other = Encoder(encoder.backbone, spec, "mean", {})
-        with pytest.raises(UsageError, match=said):
-            other.read(files["mr"])
+    reading = Reading(domain="nowhere", modality="mr", plan="minmax", size=(8, 8, 8))
+    elsewhere = Encoder(encoder.backbone, encoder.spec.model_copy(update={"reading": reading}), "mean", {})
+    with pytest.raises(UsageError, match="no domain 'nowhere'"):
+        elsewhere.read(files["mr"])
+    with pytest.raises(UsageError, match="'medical' do not say how its files are read"):
+        super(MedicalDomain, MedicalDomain).options_like(encoder.spec)
 
 
 def test_percentiles_belong_to_plans_that_use_them() -> None:

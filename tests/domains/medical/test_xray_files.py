@@ -125,7 +125,8 @@ def test_spacing_is_that_of_the_detector_where_it_is_known(film) -> None:
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour image"),
         ({"PixelData": (3 * STORED.tobytes()), "NumberOfFrames": 3}, "3 frames"),
         ({"PixelData": STORED.tobytes()[:-20]}, "damaged or cut short"),
-        ({"WindowCenter": 10, "WindowWidth": 0}, "window cannot be applied"),
+        ({"WindowCenter": 10, "WindowWidth": 0}, "window or padding cannot be applied"),
+        ({"PixelSpacing": [0.1]}, "a value of its header is not what it should be"),
         ({"Rows": 0}, "0 x 7 pixels"),
     ],
 )
