@@ -10,6 +10,8 @@ from fmsuite.commands.setup import recipe_folders
 from fmsuite.configs import recipes
 from fmsuite.core.backbones.config import VIT_SIZES
 from fmsuite.core.evaluation.classifiers import CLASSIFIERS
+from fmsuite.core.evaluation.findings import FINDINGS_TASKS
+from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS
 from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.core.objectives.base import OBJECTIVES, Objective
 from fmsuite.domains.base import domain_names, load_domain
@@ -97,4 +99,6 @@ def _methods() -> tuple[Row, list[Row]]:
 def _tasks() -> tuple[Row, list[Row]]:
     rows: list[Row] = [(name, task.title) for name, task in TASKS.items()]
     rows.append((FEWSHOT, f"Few-shot curves: {CLASSIFIERS[FEWSHOT_METHOD].title}"))
+    rows += [(f"{name} (--regress)", task.title) for name, task in NUMBER_TASKS.items() if name != CONSTANT]
+    rows += [(f"{name} (--findings)", task.title) for name, task in FINDINGS_TASKS.items()]
     return ("task", "what it is"), rows

@@ -155,7 +155,7 @@ def test_a_volume_is_the_mean_of_its_windows_and_a_second_run_embeds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write(tmp_path / "volumes", volume, ".nii.gz", 1)
-    net = encoder(tmp_path / "net", spec_of(data, VOLUME, (8, 8, 8)), 4)
+    net = encoder(tmp_path / "net", spec_of(data / "p00_0.nii.gz", VOLUME, (8, 8, 8)), 4)
     overrides = ["data.size=8", "data.spacing=null", "data.min_foreground=0", "data.margin=null"]
     options = {"controls": False, "fractions": [], "overrides": overrides, "workers": 0, "device": "cpu"}
 
@@ -170,11 +170,6 @@ def test_a_volume_is_the_mean_of_its_windows_and_a_second_run_embeds_nothing(
     parts = judge("window")
     assert len(parts.items) == 2 * PATIENTS
     assert [e.encoder for e in parts.evaluations] == ["net", "net"]
-    store = FeatureStore.open(tmp_path / "out" / "features" / "net.zarr")
-    features, rows = store.read_all(np.arange(len(store.index)))
-    sources = store.index.table.column("source").to_pylist()
-    first = features[[number for number, row in enumerate(rows.tolist()) if sources[row] == sources[0]]].mean(0)
-    assert torch.isfinite(first).all()
     assert find(whole, "net", "ridge").metrics["r2"].mean > 0.5
     assert find(whole, "net", "ridge").metrics["mae"].mean < find(parts, "net", "ridge").metrics["mae"].mean
 

@@ -30,7 +30,18 @@ def test_version_is_shown(fmsuite: Callable) -> None:
         ("models", ["vit_tiny", "vit_giant2", "timm:NAME"]),
         ("domains", ["pathology", "medical", "remote_sensing", "svg"]),
         ("methods", ["simpleshot", "mi_simpleshot", "logistic", "knn", "abmil"]),
-        ("tasks", ["knn", "linear_torch", "linear_sklearn", "prototypes", "fewshot"]),
+        (
+            "tasks",
+            [
+                "knn",
+                "linear_torch",
+                "linear_sklearn",
+                "prototypes",
+                "fewshot",
+                "ridge (--regress)",
+                "linear (--findings)",
+            ],
+        ),
     ],
 )
 def test_list_names_what_there_is(fmsuite: Callable, what: str, expected: list[str]) -> None:
