@@ -70,6 +70,11 @@ class Command:
             self._code = self._ask({"wait": self.pid})
         return Ran(self._code, " ".join(self.output.read_text(encoding="utf-8").split()))
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was waited for; its id may be another's then."""
+        return self._code is not None
+
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
@@ -82,9 +87,9 @@ class Launcher:
     folder: Path
     started: list[Command] = field(default_factory=list)
 
-    def start(self, *arguments: object, environment: dict[str, str] | None = None) -> Command:
+    def start(self, *arguments: object, by: str = "fmsuite", environment: dict[str, str] | None = None) -> Command:
         output = self.folder / f"{len(self.started)}.txt"
-        request = {"start": [*map(str, arguments)], "output": str(output), "environment": environment or {}}
+        request = {"start": [*map(str, arguments)], "by": by, "output": str(output), "environment": environment or {}}
         self.started.append(Command(self.ask(request), output, self.ask))
         return self.started[-1]
 

@@ -1,18 +1,21 @@
 """Runs commands in processes of their own, which are forked from one that has the slow imports behind it.
 
-Reads one JSON request a line and answers each with one number: ``{"start": [argument, ...], "output": path,
-"environment": {...}}`` with the process's id, ``{"wait": id}`` with how it ended (minus the signal's number where a
-signal ended it).
+Reads one JSON request a line and answers each with one number: ``{"start": [argument, ...], "by": "fmsuite", "output":
+path, "environment": {...}}`` with the process's id, ``{"wait": id}`` with how it ended (minus the signal's number where
+a signal ended it). What starts are the console script (``fmsuite``), ``torchrun``, or ``launch``: the package's own
+launcher, with the number of processes, that of restarts and the folder of logs before the console script's arguments.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -23,6 +26,7 @@ SLOW = (
     "fmsuite.domains.pathology.domain",
     "pandas",
     "pyarrow.dataset",
+    "torch.distributed.run",
     "torch._dynamo",
     "torch.utils.tensorboard",
 )
@@ -36,8 +40,30 @@ def become(request: dict) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(request["environment"])
-    sys.argv = ["fmsuite", *request["start"]]
+    atexit.register(gc.unfreeze)
+    STARTS[request["by"]](request["start"])
+    sys.exit()
+
+
+def console(arguments: list[str]) -> None:
+    sys.argv = ["fmsuite", *arguments]
     cli.main()
+
+
+def launch(arguments: list[str]) -> None:
+    from fmsuite.commands.launch import launch
+
+    processes, restarts, logs, *others = arguments
+    sys.exit(launch(others, int(processes), int(restarts), Path(logs)))
+
+
+def torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import main
+
+    main(arguments)
+
+
+STARTS = {"fmsuite": console, "launch": launch, "torchrun": torchrun}
 
 
 def serve() -> None:

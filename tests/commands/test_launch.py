@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,28 +17,24 @@ import torch
 from tests.commands.test_ranks import check_equal, environments
 
 LONG = {"training.steps": 200, "training.checkpoint_every": 4, "monitor.every": 0, "training.keep_checkpoints": 2}
-LAUNCH = "import sys; from fmsuite.commands.launch import launch; from pathlib import Path; "
-LAUNCH += "sys.exit(launch(sys.argv[3:], 2, int(sys.argv[1]), Path(sys.argv[2])))"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts Python; whatever is left of it after the test is killed."""
-    started: list[subprocess.Popen] = []
+def start(launcher) -> Iterator[Callable[..., Any]]:
+    """Starts a launcher; whatever is left of it after the test is killed."""
+    started = []
 
-    def run(*command: object) -> subprocess.Popen:
-        words = [sys.executable, *map(str, command)]
-        process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        started.append(process)
-        return process
+    def run(by: str, *arguments: object) -> Any:
+        started.append(launcher.start(*arguments, by=by, environment={"CUDA_VISIBLE_DEVICES": ""}))
+        return started[-1]
 
     yield run
-    for process in started:
-        for pid in descendants_of(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.communicate()
+    for command in started:
+        if not command.ended:
+            for pid in [*descendants_of(command.pid), command.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            command.wait()
 
 
 def steps_of(run: Path) -> list[int]:
@@ -45,19 +42,6 @@ def steps_of(run: Path) -> list[int]:
     if not metrics.exists():
         return []
     return [json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines() if '"loss"' in line]
-
-
-def processes_of(run: Path) -> list[int]:
-    """Processes of this machine that write to a run, by their command lines and their launchers'."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if str(run) in words:
-            found.append(int(folder.name))
-    return found
 
 
 def children_of(parent: int) -> list[int]:
@@ -75,14 +59,14 @@ def test_a_stopped_launcher_has_saved_and_leaves_no_process(
     start, tiles, tile_settings: Callable, until: Callable, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = start(
-        "-c", LAUNCH, 3, run / "logs", "pretrain", *tile_settings("mae", LONG), "--data", tiles, "--out", run
-    )
+    arguments = ["pretrain", *tile_settings("mae", LONG), "--data", tiles, "--out", run]
+    command = start("launch", 2, 3, run / "logs", *arguments)
     until(lambda: len(steps_of(run)) >= 5)
     started = descendants_of(command.pid)
-    command.send_signal(signal.SIGTERM)
-    said, _ = command.communicate(timeout=120)
-    assert command.returncode == 143, said
+    command.send(signal.SIGTERM)
+    ran = command.wait()
+    said = ran.text
+    assert ran.code == 143, said
     assert "Interrupted at step" in said
     assert "Traceback" not in said
     reached = steps_of(run)[-1]
@@ -90,7 +74,6 @@ def test_a_stopped_launcher_has_saved_and_leaves_no_process(
     assert (run / "checkpoints" / f"step-{reached:08d}" / "checkpoint.json").is_file()
     assert len(started) >= 2
     until(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()])
-    assert processes_of(run) == []
     # The second process's account is in a file of its own.
     assert said.count("float32 on cpu, 2 rank(s), ddp") == 1
     assert len(list((run / "logs").rglob("1/stderr.log"))) == 1
@@ -105,16 +88,17 @@ def test_a_killed_rank_is_restarted_and_no_sample_is_repeated_or_dropped(
     changes = {**LONG, "training.steps": 24, "model.drop_path": 0.3, "model.depth": 2}
     arguments = ["pretrain", *tile_settings("mae", changes), "--data", str(tiles)]
     run = tmp_path / "killed"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command = start(*torchrun, "-m", "fmsuite", *arguments, "--out", run)
+    torchrun = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = start("torchrun", *torchrun, "-m", "fmsuite", *arguments, "--out", run)
     until(lambda: len(steps_of(run)) >= 10)
     victim = max(pid for pid in children_of(command.pid) if "fmsuite" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(victim, signal.SIGKILL)
-    said, _ = command.communicate(timeout=120)
-    assert command.returncode == 0, said
+    ran = command.wait()
+    said = ran.text
+    assert ran.code == 0, said
     assert "Restart 1: going on from the last checkpoint." in said
     assert said.count("Done at step") == 1
-    (resumed,) = [int(line.split()[4]) for line in said.splitlines() if "Resuming after step" in line]
+    (resumed,) = map(int, re.findall(r"Resuming after step (\d+)", said))
     assert 4 <= resumed < 24
     ran = launcher.start(*arguments, "--out", tmp_path / "whole").wait()
     assert ran.code == 0, ran.text
