@@ -1,9 +1,9 @@
 """MetaImage (``.mha``, ``.mhd``) and NRRD (``.nrrd``, ``.nhdr``), with ITK.
 
 Headers are read here first, since ITK believes them: it asks for all the memory that they promise, reads any file that
-they name, takes a spacing of 0 for 1, and takes a file that says nothing of its orientation for one in LPS. ITK itself
-is used rather than MONAI's ITKReader, which averages several channels into one when it is asked for real numbers, and
-has no type for some integers when it is not.
+they name, and takes a file that says nothing of its orientation for one in LPS. ITK itself is used rather than MONAI's
+ITKReader, which makes one number of a voxel's several when it is asked for real numbers, and has no type for some
+integers when it is not.
 """
 
 from __future__ import annotations
