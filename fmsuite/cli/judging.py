@@ -243,7 +243,7 @@ def _refuse_without_columns(labels: Path | None, by: str, fractions: str) -> Non
 @app.command()
 def similar(
     file: Annotated[Path, typer.Argument(help="A volume, or whatever the encoder's field calls a source.")],
-    encoder: Annotated[str, typer.Option("--encoder", "-e", help="A run folder; or as for `embed`, with --domain.")],
+    encoder: Annotated[str, typer.Option("--encoder", "-e", help="A run folder; or as for `embed`.")],
     at: Annotated[
         list[str], typer.Option("--at", metavar="X,Y,Z", help="A place: voxel numbers of the file; repeatable.")
     ],
@@ -268,7 +268,7 @@ def similar(
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     domain: Annotated[
-        str | None, typer.Option("--domain", "-d", help="How to read the file, where the encoder is no run folder.")
+        str | None, typer.Option("--domain", "-d", help="How to read the file, where the encoder does not say so.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:

@@ -26,6 +26,7 @@ from fmsuite.commands.setup import open_domain, open_index, options_of_encoders,
 from fmsuite.core import distributed
 from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
@@ -233,7 +234,7 @@ def _points(setup: Setup) -> Points:
     train = {group for fold in data.folds for group in fold.train}
     found = foreground_points(
         data.domain,
-        lambda source: data.domain.scene(data.index, source),
+        lambda source: open_scene(data.domain, data.index, source),
         [case.sources[0] for case in data.cases if case.group in train],
         config.label_map,
         len(data.classes),

@@ -16,6 +16,7 @@ from fmsuite.core.adaptation.scenes import scene_scores
 from fmsuite.core.adaptation.task import Segmentation
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
+from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import Array
 from fmsuite.core.data.scene import Scene
@@ -56,7 +57,7 @@ def judge_scenes(
     for number in report(numbers, len(numbers)):
         case = data.cases[number]
         try:
-            scene = data.domain.scene(data.index, case.sources[0])
+            scene = open_scene(data.domain, data.index, case.sources[0])
             assert config.label_map is not None
             truth = scene.native_map(config.label_map)
             predicted = scene.labels_to_native(scores_of(config, network, scene, device))
@@ -157,7 +158,7 @@ def save_panel(
     Raises:
         ReadFailure: if its source cannot be read.
     """
-    scene = data.domain.scene(data.index, data.cases[number].sources[0])
+    scene = open_scene(data.domain, data.index, data.cases[number].sources[0])
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
     predicted = scores_of(config, network, scene, device).argmax(0)

@@ -18,6 +18,7 @@ from fmsuite.core.adaptation.scenes import scene_scores
 from fmsuite.core.adaptation.task import Segmentation
 from fmsuite.core.config import apply_overrides, validate
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.training.precision import choose_device
 from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
@@ -115,7 +116,7 @@ def _label_maps(
         raise UsageError(f"Several files are called {twice}.", "Predict them into folders of their own.")
     for source, stem in progress(list(zip(index.sources, stems, strict=True)), len(stems), "Predicting"):
         try:
-            scene = domain.scene(index, source)
+            scene = open_scene(domain, index, source)
             scores = scene_scores(task, network.spec, scene, overlap=overlap, batch=batch, device=device)
         except ReadFailure as failure:
             skipped.add_failure(failure)

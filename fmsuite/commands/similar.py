@@ -19,6 +19,7 @@ from torch import Tensor
 from fmsuite.commands.embed import data_as_seen
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, read_run_config
 from fmsuite.core.config import apply_overrides, validate
+from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
@@ -73,7 +74,7 @@ def similar(
     """Write the cosine similarity of every place of a file to the clicked ones, on the file's own grid, and a picture.
 
     Args:
-        encoder: a run folder; or anything ``open_encoder`` opens, with ``domain``.
+        encoder: anything ``open_encoder`` opens; with ``domain`` where it does not say how its files were read.
         out: ``NAME`` or ``NAME.SUFFIX``; the field's own suffix takes the place of one of a NIfTI or TIFF file.
         at, negative: places, "X,Y,Z": samples along the file's own axes, or with ``world`` its world coordinates.
         combine: of several places, the nearest (``max``) or the mean; of the negative ones the nearest counts.
@@ -81,7 +82,7 @@ def similar(
         threshold: ``auto`` (Otsu's) or a number; a mask of what reaches it is written as well.
         features: a ``.zarr`` folder with the file's features, which is made if it is not there.
         overlap, batch: see ``token_map``.
-        domain, overrides: how to read the file, where the encoder is no run folder, or in another way.
+        domain, overrides: how to read the file, where the encoder does not say so, or in another way.
 
     Raises:
         UsageError: for places outside of the file, or of what is seen of it; features of something else; or an encoder
@@ -91,11 +92,13 @@ def similar(
     level = _check(file, at, threshold, overlap, batch, features)
     places, unwanted = [_numbers(text, world) for text in at], [_numbers(text, world) for text in negative]
     model = open_encoder(encoder)
-    opened, index = open_index(*_opened(encoder, file, domain, overrides), SkippedLog(None, strict=True), progress)
+    opened, index = open_index(
+        *_opened(encoder, model, file, domain, overrides), SkippedLog(None, strict=True), progress
+    )
     model.check_input(data_as_seen(opened.input_spec(index), model))
     if len(index.sources) != 1:
         raise UsageError(f"{file}: holds {len(index.sources)} sources.", "Name a single one.")
-    scene = opened.scene(index, index.sources[0])
+    scene = open_scene(opened, index, index.sources[0])
     clicks, negatives = ([_sample(scene, place, world) for place in some] for some in (places, unwanted))
     seen, unseen = ([_located(scene, click) for click in some] for some in (clicks, negatives))
     facts = {"encoder": model.identity, "file": fingerprint(file), "overlap": overlap}
@@ -170,7 +173,9 @@ def _numbers(text: str, world: bool) -> list[float]:
     return values
 
 
-def _opened(encoder: str, file: Path, domain: str | None, overrides: Sequence[str]) -> tuple[Domain, list[Path]]:
+def _opened(
+    encoder: str, model: Encoder, file: Path, domain: str | None, overrides: Sequence[str]
+) -> tuple[Domain, list[Path]]:
     """The domain that reads the file as the encoder's training data were read, without labels and label maps."""
     config = Path(encoder) / "config.yaml"
     if config.is_file():
@@ -182,13 +187,15 @@ def _opened(encoder: str, file: Path, domain: str | None, overrides: Sequence[st
         raw.pop("maps", None)
         options: BaseModel = validate(kind, _without_labels(kind, raw, overrides), "data", "command line")
         return open_domain(run.domain, options), [file]
+    if domain is None and model.spec.reading is not None:
+        domain = model.spec.reading.domain
     if domain is None:
         raise UsageError(
-            f"{encoder}: not a run folder, so nothing says how the file is to be read.",
+            f"{encoder}: nothing in it says how the file is to be read.",
             "Name its field with --domain, and its options with --set data.KEY=VALUE.",
         )
     kind = load_domain(domain).Options
-    raw = domain_options(domain, overrides).model_dump(exclude_unset=True)
+    raw = domain_options(domain, overrides, None, [model]).model_dump(exclude_unset=True)
     return open_domain(domain, validate(kind, _without_labels(kind, raw, ()), "data", "command line")), [file]
 
 
