@@ -80,7 +80,7 @@ class Histogram(nn.Module):
             raise ValueError(f"{bins} bins")
         self.spec = spec
         self.bins = bins
-        self.eight_bit = abs(spec.scale * 255 - 1) < 1e-6 and spec.offset == 0 and spec.clip is None
+        self.eight_bit = spec.eight_bit
         self.normalize = Normalize(spec)
         self.provenance: dict[str, Any] = {"control": "histogram", "bins": bins}
 

@@ -335,7 +335,7 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
 
 def _timm_data(spec: InputSpec) -> dict[str, Any]:
     """timm's data configuration, where its convention (values from 0 to 1 of 8-bit images) holds."""
-    if spec.offset != 0.0 or spec.clip is not None or abs(spec.scale * 255 - 1) > 1e-6:
+    if not spec.eight_bit:
         return {}
     mean, std = [c.mean for c in spec.channels], [c.std for c in spec.channels]
     return {"data": {"input_size": [spec.in_chans, *spec.size], "mean": mean, "std": std}}

@@ -25,6 +25,22 @@ SPATIAL_AXES = ("z", "y", "x")
 """Axes along which a view may be cropped and resampled; the others (``time``) are kept whole."""
 
 
+class Quantification(BaseModel):
+    """From raw values to physical ones: ``clip(offset + scale * raw)``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: float = 1.0
+    offset: float = 0.0
+    clip: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Quantification:
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip {self.clip} is empty")
+        return self
+
+
 class Channel(BaseModel):
     """One channel of the input.
 
@@ -33,6 +49,8 @@ class Channel(BaseModel):
         wavelength: centre wavelength in nanometres, where the channel has one.
         group: channels of one group share a patch embedding and a token; ``None`` puts all of them together.
         mean, std: statistics after ``offset + scale * raw`` and clipping, in those units.
+        quantification: in place of the input's, for a channel in another unit than the others (radar beside
+            reflectance, a thermal band).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +60,15 @@ class Channel(BaseModel):
     group: str | None = None
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
+    quantification: Quantification | None = None
+
+    @model_serializer(mode="wrap")
+    def _described(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a quantification of its own, a channel is described as it was before there was any."""
+        found = usual(self)
+        if self.quantification is None:
+            found.pop("quantification", None)
+        return found
 
 
 Plan = Literal["window", "zscore", "percentile", "minmax"]
@@ -111,7 +138,8 @@ class InputSpec(BaseModel):
         size: length along each axis that the model is built for; other sizes are allowed at run time.
         channels: in array order.
         scale, offset, clip: raw value ``v`` becomes ``clip(offset + scale * v)`` before mean and std apply
-            (``1/255`` for 8-bit images; a Hounsfield window; a reflectance quantification).
+            (``1/255`` for 8-bit images; a Hounsfield window; a reflectance quantification), in channels that have no
+            quantification of their own.
         spacing: physical length of a sample along each axis of ``size``, in ``spacing_unit``; ``None`` where unknown.
         orientation: the directions in which voxel axes grow, for volumes (``"RAS"``).
         bag: the input is (N, D) vectors at ``axes`` coordinates rather than a grid; ``size`` is then empty.
@@ -161,6 +189,23 @@ class InputSpec(BaseModel):
     @property
     def channel_names(self) -> tuple[str, ...]:
         return tuple(channel.name for channel in self.channels)
+
+    @property
+    def quantifications(self) -> tuple[Quantification, ...]:
+        """Of each channel: its own, or the input's."""
+        return tuple(channel.quantification or self._usual for channel in self.channels)
+
+    @property
+    def _usual(self) -> Quantification:
+        return Quantification(scale=self.scale, offset=self.offset, clip=self.clip)
+
+    def _by_name(self) -> dict[str, Quantification]:
+        return dict(zip(self.channel_names, self.quantifications, strict=True))
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether raw values are bytes that stand for 0 to 1."""
+        return all(q.clip is None and q.offset == 0 and abs(q.scale * 255 - 1) < 1e-6 for q in self.quantifications)
 
     @property
     def groups(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -218,29 +263,44 @@ class InputSpec(BaseModel):
             pairs = list(zip(self.spacing, other.spacing, strict=True))
             if self.spacing_unit != other.spacing_unit or any(not math.isclose(a, b, rel_tol=0.05) for a, b in pairs):
                 found.append(f"spacing {self.spacing} {self.spacing_unit} against {other.spacing} {other.spacing_unit}")
-        if not self._same_values(other):
-            found.append(f"intensity {self._values_said()} against {other._values_said()}")
-        return found
+        return found + self._other_values(other)
 
-    def _same_values(self, other: InputSpec) -> bool:
-        """Whether raw values become the same, but for what rounding makes of a window."""
-        if self.clip != other.clip or not math.isclose(self.scale, other.scale, rel_tol=1e-5):
-            return False
-        return math.isclose(self.offset, other.offset, rel_tol=1e-5, abs_tol=1e-5)
-
-    def _values_said(self) -> str:
-        if self.clip is None:
-            return f"scale {self.scale:g} and offset {self.offset:g}"
-        low, high = self.window
-        return f"window {low:g} to {high:g} (becoming {self.clip[0]:g} to {self.clip[1]:g})"
+    def _other_values(self, other: InputSpec) -> list[str]:
+        """Channels of one name are compared; the inputs' own quantifications where there are none."""
+        theirs = other._by_name()
+        pairs = {name: (mine, theirs[name]) for name, mine in self._by_name().items() if name in theirs}
+        changed: dict[str, list[str]] = {}
+        for name, (mine, others) in (pairs or {"": (self._usual, other._usual)}).items():
+            if not _same_values(mine, others):
+                changed.setdefault(f"intensity {_said(mine)} against {_said(others)}", []).append(name)
+        whole = max(1, len(pairs))
+        return [said if len(names) == whole else f"{said} in {', '.join(names)}" for said, names in changed.items()]
 
     @property
     def window(self) -> tuple[float, float]:
         """The raw values that ``clip`` leaves as they are, from the lowest to the highest; infinite without one."""
-        if self.clip is None:
-            return -math.inf, math.inf
-        low, high = sorted((end - self.offset) / self.scale for end in self.clip)
-        return low, high
+        return _window(self._usual)
+
+
+def _same_values(one: Quantification, other: Quantification) -> bool:
+    """Whether raw values become the same, but for what rounding makes of a window."""
+    if one.clip != other.clip or not math.isclose(one.scale, other.scale, rel_tol=1e-5):
+        return False
+    return math.isclose(one.offset, other.offset, rel_tol=1e-5, abs_tol=1e-5)
+
+
+def _window(of: Quantification) -> tuple[float, float]:
+    if of.clip is None:
+        return -math.inf, math.inf
+    low, high = sorted((end - of.offset) / of.scale for end in of.clip)
+    return low, high
+
+
+def _said(of: Quantification) -> str:
+    if of.clip is None:
+        return f"scale {of.scale:g} and offset {of.offset:g}"
+    low, high = _window(of)
+    return f"window {low:g} to {high:g} (becoming {of.clip[0]:g} to {of.clip[1]:g})"
 
 
 class Normalize(nn.Module):
@@ -252,14 +312,30 @@ class Normalize(nn.Module):
 
     mean: Tensor
     std: Tensor
+    scale: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.spec = spec
         # (B, C, *size) for a grid; (B, N, D) for a bag.
         shape = (1, 1, -1) if spec.bag else (1, -1, *(1,) * len(spec.axes))
-        self.register_buffer("mean", torch.tensor([c.mean for c in spec.channels]).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor([c.std for c in spec.channels]).view(shape), persistent=False)
+        found = spec.quantifications
+        ends = [(-math.inf, math.inf) if q.clip is None else q.clip for q in found]
+        for name, values in {
+            "mean": [c.mean for c in spec.channels],
+            "std": [c.std for c in spec.channels],
+            "scale": [q.scale for q in found],
+            "offset": [q.offset for q in found],
+            "low": [low for low, _ in ends],
+            "high": [high for _, high in ends],
+        }.items():
+            self.register_buffer(name, torch.tensor(values).view(shape), persistent=False)
+        self.scaled = any(q.scale != 1.0 for q in found)
+        self.shifted = any(q.offset != 0.0 for q in found)
+        self.clipped = any(q.clip is not None for q in found)
 
     def forward(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """
@@ -272,12 +348,12 @@ class Normalize(nn.Module):
         """
         # One copy, and the rest in place: on a CPU, fresh memory costs more than the arithmetic.
         out = values.to(torch.float32, copy=True)
-        if self.spec.scale != 1.0:
-            out.mul_(self.spec.scale)
-        if self.spec.offset != 0.0:
-            out.add_(self.spec.offset)
-        if self.spec.clip is not None:
-            out.clamp_(*self.spec.clip)
+        if self.scaled:
+            out.mul_(self.scale)
+        if self.shifted:
+            out.add_(self.offset)
+        if self.clipped:
+            out.clamp_(self.low, self.high)
         out.sub_(self.mean).div_(self.std)
         if valid is not None:
             out = torch.where(valid, out, torch.zeros((), device=out.device))
@@ -293,7 +369,7 @@ class Normalize(nn.Module):
 
     def invert(self, values: Tensor) -> Tensor:
         """Network values back to raw ones (where no clipping took place). Shape and device are kept."""
-        return ((values * self.std + self.mean) - self.spec.offset) / self.spec.scale
+        return ((values * self.std + self.mean) - self.offset) / self.scale
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fmsuite.core.inputs import IMAGENET_MEAN, Channel, InputSpec, Normalize, rgb_channels
+from fmsuite.core.inputs import IMAGENET_MEAN, Channel, InputSpec, Normalize, Quantification, rgb_channels
 from fmsuite.errors import UsageError
 
 CT = InputSpec(
@@ -125,3 +125,41 @@ def test_bags_are_normalised_along_their_last_axis() -> None:
     spec = InputSpec(axes=("y", "x"), size=(), channels=channels, bag=True)
     out = Normalize(spec)(torch.ones(2, 5, 3))
     torch.testing.assert_close(out[0, 0], torch.tensor([1.0, 0.0, -1 / 3]))
+
+
+TWO_SENSORS = InputSpec(
+    axes=("y", "x"),
+    size=(4, 4),
+    channels=(
+        Channel(name="B2", mean=0.1, std=0.05),
+        Channel(name="VV", mean=-10, std=4, quantification=Quantification(clip=(-60.0, 40.0))),
+        Channel(name="ST", mean=290, std=9, quantification=Quantification(scale=0.00341802, offset=149.0)),
+    ),
+    scale=1e-4,
+    clip=(0.0, 2.0),
+)
+
+
+def test_a_channel_in_another_unit_is_normalised_by_its_own_quantification() -> None:
+    raw = torch.tensor([[25_000.0, 1200.0], [-75.0, -12.5], [40_000.0, 0.0]])[None, :, :, None]
+    reflectance, decibels, kelvin = raw[0].double()
+    expected = torch.stack(
+        [
+            ((reflectance * 1e-4).clip(0, 2) - 0.1) / 0.05,
+            (decibels.clip(-60, 40) + 10) / 4,
+            (149 + 0.00341802 * kelvin - 290) / 9,
+        ]
+    )
+    normalize = Normalize(TWO_SENSORS)
+    found = normalize(raw)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-4)
+    unclipped = torch.tensor([1200.0, -12.5, 40_000.0])[None, :, None, None]
+    torch.testing.assert_close(normalize.invert(normalize(unclipped)), unclipped, rtol=1e-4, atol=1e-2)
+
+
+def test_a_quantification_is_told_and_compared_channel_by_channel() -> None:
+    assert InputSpec.model_validate_json(TWO_SENSORS.model_dump_json()) == TWO_SENSORS
+    assert "quantification" not in TWO_SENSORS.channels[0].model_dump()
+    channels = (*TWO_SENSORS.channels[:2], Channel(name="ST", mean=290, std=9))
+    (said,) = TWO_SENSORS.differences(TWO_SENSORS.model_copy(update={"channels": channels}))
+    assert said == "intensity scale 0.00341802 and offset 149 against window 0 to 20000 (becoming 0 to 2) in ST"

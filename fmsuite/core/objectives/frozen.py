@@ -16,7 +16,7 @@ from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.vit import VisionTransformer
 from fmsuite.core.data.sample import View
-from fmsuite.core.inputs import SPATIAL_AXES, InputSpec, Normalize
+from fmsuite.core.inputs import SPATIAL_AXES, InputSpec, Normalize, Quantification
 from fmsuite.core.tokens import PatchGrid
 from fmsuite.errors import FmsuiteError, UsageError
 
@@ -238,6 +238,7 @@ class FrozenTeacher(nn.Module):
     def _check_input(self, spec: InputSpec) -> list[int]:
         """Positions of the teacher's channels among the student's."""
         mine = self._student_spec
+        of_student = _quantifications(mine)
         problem = None
         if spec.bag != mine.bag:
             kinds = ("a grid", "a bag of vectors")
@@ -248,7 +249,7 @@ class FrozenTeacher(nn.Module):
             problem = f"needs the channels {', '.join(missing)}, which the student does not have"
         elif spec.orientation != mine.orientation:
             problem = f"has the orientation {spec.orientation} and the student {mine.orientation}"
-        elif (spec.scale, spec.offset, spec.clip) != (mine.scale, mine.offset, mine.clip):
+        elif any(of_student[name] != values for name, values in _quantifications(spec).items()):
             problem = "reads raw values with another scale, offset or clip than the student"
         if problem:
             raise UsageError(f"{self.key}: '{self.what}' {problem}.", "Choose a teacher of the student's input.")
@@ -324,6 +325,11 @@ def _interpolate(values: Tensor, axes: tuple[str, ...], size: tuple[int, ...]) -
     out = functional.interpolate(flat, size=new, mode=modes[len(spatial)], antialias=len(spatial) == 2)
     back = [order.index(position) for position in range(len(order))]
     return out.reshape(*kept, *new).permute(back)
+
+
+def _quantifications(spec: InputSpec) -> dict[str, Quantification]:
+    """By channel."""
+    return dict(zip(spec.channel_names, spec.quantifications, strict=True))
 
 
 def _group_names(spec: InputSpec, grid: PatchGrid) -> list[tuple[str, ...]]:

@@ -153,3 +153,31 @@ def test_tissue_of_the_template_is_where_anatomy_has_it(real_data: Path) -> None
     assert max(at(-4, 0, 20), at(4, 0, 20)) < 80
     assert at(0, -60, -20) > 100
     assert at(0, 60, -35) == 0
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SLP"])
+def test_venous_sinuses_of_a_ct_angiogram_are_behind_low_and_on_top_in_the_middle(
+    real_data: Path, tmp_path: Path, codes: str
+) -> None:
+    """Transverse sinuses run along the back of the skull's lower half, on both sides; the superior sagittal sinus is
+    the highest vessel, in the midline. However the file's axes lie."""
+    stored = nibabel.load(real_data / "medical" / "nifti_volumes" / "niivue_CT_AVM.nii.gz")
+    turned = stored.as_reoriented(
+        nibabel.orientations.ornt_transform(
+            nibabel.io_orientation(stored.affine), nibabel.orientations.axcodes2ornt(tuple(codes))
+        )
+    )
+    path = tmp_path / "turned.nii.gz"
+    nibabel.save(turned, path)
+    volume = load_volume(str(path), (2, 2, 2), 1, False)
+    vessels = np.argwhere(volume.values[0] > 200)[:, ::-1]
+    x, y, z = (vessels @ volume.affine[:3, :3].T + volume.affine[:3, 3]).T
+    middle = (x.min() + x.max()) / 2
+    behind = (y < -40) & (z > -30) & (z < 10)
+    assert (behind & (x < middle)).sum() > 150
+    assert (behind & (x > middle)).sum() > 150
+    assert not ((y < -40) & (z < -60)).any()
+    highest = z > z.max() - 10
+    assert highest.sum() > 100
+    assert abs(np.median(x[highest]) - middle) < 10
+    assert x[highest].std() < x.std() / 2
