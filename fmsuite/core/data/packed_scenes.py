@@ -303,6 +303,15 @@ class PackedScene(Scene):
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         return self._native.scores_to_native(scores, outside)
 
+    def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
+        return self._native.locate(place)
+
+    def from_file(self, place: Sequence[int]) -> tuple[int, ...]:
+        return self._native.from_file(place)
+
+    def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
+        return self._native.from_world(place)
+
     def write(self, values: Array, path: Path) -> Path:
         return self._native.write(values, path)
 

@@ -17,11 +17,11 @@ class Scene(ABC):
 
     The *input's grid* is that of a reader's windows: the input's axes, orientation and spacing. The *native grid* is
     that of the file: its axes in its own order and direction. A domain may leave out margins that show nothing; what
-    a prediction says there is ``outside``.
+    a prediction says there is ``outside``. Only spatial axes count: a box of a series is read with all dates.
 
     Attributes:
         source: as in ``Window.source``.
-        size: samples along each of the input's axes.
+        size: samples along each of the input's spatial axes.
         origin, pitch: where sample 0 begins, and how long a sample is, along each of the input's axes in the
             coordinates of ``Window.position``.
         native_size: samples along each axis of the native grid.
@@ -86,6 +86,11 @@ class Scene(ABC):
             shown = self.scores_to_native(np.broadcast_to(ramp, self.size)[None], outside=float("nan"))
             found.append(float(shown[(0, *place)]))
         return None if np.isnan(found).any() else tuple(found)
+
+    def from_file(self, place: Sequence[int]) -> tuple[int, ...]:
+        """The sample of the native grid that somebody means who counts samples as the field does (of a raster column
+        first, then row); it may lie outside of ``native_size``."""
+        return tuple(place)
 
     def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
         """The sample of the native grid that holds a point of the source's world coordinates (of a volume millimetres
