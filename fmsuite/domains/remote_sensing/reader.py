@@ -37,6 +37,7 @@ class RasterReader:
     """
 
     anywhere: ClassVar[bool] = True
+    piecewise: ClassVar[bool] = True
 
     options: RemoteSensingOptions
     bands: tuple[str, ...]
