@@ -56,7 +56,7 @@ def window_corners(
     Args:
         extent, stride: of windows along (y, x), in the unit's own pixels.
     """
-    # The last window ends with the last whole sample: all lie on one grid of samples, as a scene or a packed copy has it.
+    # The last window ends with the last whole sample: all lie on one grid of samples, as those of a scene do.
     step = np.asarray(extent) / options.size
     whole = np.floor(unit.shape / step + _WHOLE) * step
     return window_grid(tuple(np.maximum(whole, step)), extent, stride, edges="shift")
