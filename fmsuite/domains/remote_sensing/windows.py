@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.region import region_box
 from fmsuite.domains.remote_sensing.scenes import Unit
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import window_grid
@@ -53,8 +55,25 @@ def window_corners(
 
     Args:
         extent, stride: of windows along (y, x), in the unit's own pixels.
+
+    Raises:
+        ReadFailure: if no window fits into the region.
     """
-    return window_grid(unit.shape, extent, stride, edges="shift")
+    top, left, bottom, right = region_box(unit.grid, options, unit.source)
+    if options.region is None:
+        return window_grid(unit.shape, extent, stride, edges="shift")
+    if options.gsd is None:
+        top, left, bottom, right = math.ceil(top), math.ceil(left), math.floor(bottom), math.floor(right)
+    lengths = (bottom - top, right - left)
+    if lengths[0] < extent[0] or lengths[1] < extent[1]:
+        raise ReadFailure(
+            unit.source,
+            WINDOWS,
+            f"{lengths[0]:.0f}x{lengths[1]:.0f} of its pixels are in data.region, less than a window of "
+            f"{extent[0]:.0f}x{extent[1]:.0f}.",
+            "Make the region larger, or data.size or data.gsd smaller.",
+        )
+    return window_grid(lengths, extent, stride, origin=(top, left), edges="shift")
 
 
 def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
