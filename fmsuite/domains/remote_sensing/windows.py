@@ -11,6 +11,7 @@ from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.region import region_box
 from fmsuite.domains.remote_sensing.scenes import Unit
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.grid import window_grid
@@ -55,11 +56,24 @@ def window_corners(
 
     Args:
         extent, stride: of windows along (y, x), in the unit's own pixels.
+
+    Raises:
+        ReadFailure: if no window fits into the region.
     """
-    # The last window ends with the last whole sample: all lie on one grid of samples, as those of a scene do.
+    # All windows of a raster lie on one grid of samples, which begins with it, as its scene does.
     step = np.asarray(extent) / options.size
-    whole = np.floor(unit.shape / step + _WHOLE) * step
-    return window_grid(tuple(np.maximum(whole, step)), extent, stride, edges="shift")
+    top, left, bottom, right = region_box(unit.grid, options, unit.source)
+    begin = np.ceil(np.array([top, left]) / step - _WHOLE) * step
+    lengths = np.floor(np.array([bottom, right]) / step + _WHOLE) * step - begin
+    if options.region is not None and (lengths < np.asarray(extent) - _WHOLE * step).any():
+        raise ReadFailure(
+            unit.source,
+            WINDOWS,
+            f"{lengths[0]:.0f}x{lengths[1]:.0f} of its pixels are in data.region, less than a window of "
+            f"{extent[0]:.0f}x{extent[1]:.0f}.",
+            "Make the region larger, or data.size or data.gsd smaller.",
+        )
+    return window_grid(tuple(np.maximum(lengths, step)), extent, stride, origin=tuple(begin), edges="shift")
 
 
 def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
