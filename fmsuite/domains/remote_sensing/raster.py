@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from affine import Affine
     from rasterio.io import DatasetReader
 
+_SHARED = 2**22
+"""Bytes at most of an array that is shared."""
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
 
 
@@ -100,7 +103,7 @@ class Raster:
 
         Returns:
             values (C, height, width), native dtype unless tags or decibels make it float32, 0 where invalid; and
-            valid, bool, of the same shape.
+            valid, bool, of the same shape, which may not be writable.
 
         Raises:
             ReadFailure: if the pixels cannot be decoded.
@@ -153,20 +156,34 @@ class Raster:
                 f"pixels at row {box[0]}, column {box[1]} cannot be decoded ({reason_of(error)}).",
                 "The file is damaged: fetch it again.",
             ) from error
-        floating = values.dtype.kind == "f"
-        valid = np.isfinite(values) if floating else np.ones(values.shape, dtype=bool)
-        for place, number in enumerate(numbers):
-            if self.masked[number]:
-                valid[place] &= masks[self.masked[number]]
-            for nodata in self.nodata[number]:
-                if not math.isnan(nodata) and (floating or _holds(values.dtype, nodata)):
-                    valid[place] &= values[place] != values.dtype.type(nodata)
+        valid = self._told(values, numbers, masks)
         if self.palette is not None:
             values, valid = self._coloured(values[0], valid[0], bands)
         values, valid = self._physical(values, valid, bands)
         if not valid.all():
             values[~valid] = 0
         return values, valid
+
+    def _told(self, values: np.ndarray, numbers: list[int], masks: dict[int, np.ndarray]) -> np.ndarray:
+        """Where values are finite and neither masks nor nodata values say that they are none."""
+        floating = values.dtype.kind == "f"
+        valid = np.isfinite(values) if floating else everywhere(values.shape)
+        marks = [(self.masked[number], self.nodata[number]) for number in numbers]
+        for mark in set(marks):
+            # Bands that are marked alike, as most are, are compared at once.
+            places = [place for place, own in enumerate(marks) if own == mark]
+            some = values if len(places) == len(marks) else values[places]
+            told = [masks[mark[0]]] if mark[0] else []
+            for nodata in mark[1]:
+                if not math.isnan(nodata) and (floating or _holds(values.dtype, nodata)):
+                    told.append(some != values.dtype.type(nodata))
+            for each in told:
+                if len(places) == len(marks):
+                    valid = valid & each
+                else:
+                    valid = valid if valid.flags.writeable else valid.copy()
+                    valid[places] &= each
+        return valid
 
     def _coloured(
         self, entries: np.ndarray, valid: np.ndarray, bands: tuple[str, ...]
@@ -193,6 +210,19 @@ class Raster:
             valid = valid & (values > 0)
             values = (10 * np.log10(np.where(valid, values, 1), dtype=np.float64)).astype(np.float32)
         return values, valid
+
+
+def everywhere(shape: tuple[int, ...]) -> np.ndarray:
+    """(*shape) True, which cannot be written to: one array for all windows of a size. Most have no invalid pixel, and
+    new memory that says so costs a fifth of what it costs to read one that GDAL has decoded already."""
+    return _everywhere(shape) if math.prod(shape) <= _SHARED else np.ones(shape, dtype=bool)
+
+
+@lru_cache(maxsize=8)
+def _everywhere(shape: tuple[int, ...]) -> np.ndarray:
+    valid = np.ones(shape, dtype=bool)
+    valid.setflags(write=False)
+    return valid
 
 
 def _holds(dtype: np.dtype, value: float) -> bool:
