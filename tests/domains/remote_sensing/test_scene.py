@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_gcps, from_origin
 
-from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, MapKind, colour_table, write_cog
+from fmsuite.core.data.scene_maps import MapKind
+from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, colour_table, write_cog
 from fmsuite.domains.remote_sensing.resampling import linear_back, source_range
 from fmsuite.errors import FmsuiteError, UsageError
 
