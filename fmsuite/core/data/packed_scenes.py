@@ -29,6 +29,7 @@ from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.packed_files import AGAIN, INDEX, METADATA, PACKING, read_json, write_json, wrong_file
 from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.core.zarr_arrays import Damaged
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 
@@ -314,6 +315,9 @@ class PackedScene(Scene):
 
     def write(self, values: Array, path: Path) -> Path:
         return self._native.write(values, path)
+
+    def writer(self, path: Path, what: MapKind) -> SceneWriter:
+        return self._native.writer(path, what)
 
 
 def open_scene(domain: Domain, index: SampleIndex, source: str) -> Scene:

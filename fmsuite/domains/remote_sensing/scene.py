@@ -11,7 +11,9 @@ import numpy as np
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.domains.remote_sensing.cog import Ground, write_cog
+from fmsuite.domains.remote_sensing.map_writer import RasterWriter
 from fmsuite.domains.remote_sensing.raster import Raster, open_raster
 from fmsuite.domains.remote_sensing.reader import RasterReader
 from fmsuite.domains.remote_sensing.resampling import linear_back
@@ -136,6 +138,10 @@ class RasterScene(Scene):
         if values.shape[-2:] != self.native_size or values.ndim not in (2, 3):
             raise ValueError(f"values of shape {values.shape} for a file of {self.native_size}")
         return write_cog(path, values if values.ndim == 3 else values[None], self.ground)
+
+    def writer(self, path: Path, what: MapKind) -> SceneWriter:
+        """Of a Cloud-optimised GeoTIFF; memory does not depend on its size."""
+        return RasterWriter(path, self.ground, what, self.pitch, self.size)
 
     def close(self) -> None:
         self._reader.close()
