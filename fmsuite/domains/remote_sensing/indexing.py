@@ -6,8 +6,8 @@ import datetime
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.skipped import Skipped, SkippedLog
+from fmsuite.domains.remote_sensing.ground import Frame
+from fmsuite.domains.remote_sensing.layout import cut_of, lay_out, layout_metadata, plan_layouts
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.places import PLACES
 from fmsuite.domains.remote_sensing.raster import SUFFIXES, open_raster
 from fmsuite.domains.remote_sensing.reader import Dates, RasterReader
 from fmsuite.domains.remote_sensing.statistics import BandStatistics
 from fmsuite.errors import ReadFailure
-from fmsuite.tiling.grid import window_grid
 from fmsuite.tiling.labels import assign_labels
 from fmsuite.tiling.sources import SourceFile, find_files
 from fmsuite.tiling.table import spread_rows
@@ -42,6 +44,8 @@ class Probe:
         tagged: it says how its values become physical ones.
         shape, metres: (height, width), and the size of a pixel along them.
         grid: where its pixels lie.
+        frame: the same to the last digit: coordinate system as WKT, and the six numbers of the transform; ``None``
+            without a place on Earth.
         place, day: of which it is a picture; no day outside of time series.
     """
 
@@ -53,6 +57,7 @@ class Probe:
     shape: tuple[int, int]
     metres: tuple[float, float] | None
     grid: tuple[Any, ...]
+    frame: tuple[str, tuple[float, ...]] | None
     place: str
     day: float | None = None
 
@@ -65,6 +70,7 @@ class Unit:
         dates: the files, each with its day.
         bands, dtype: as which they are read.
         shape, metres: of all of them.
+        plan: of its windows; see ``layout.plan_layouts``.
     """
 
     dates: tuple[tuple[str, float], ...]
@@ -72,6 +78,7 @@ class Unit:
     dtype: str
     shape: tuple[int, int]
     metres: tuple[float, float] | None
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: SkippedLog) -> Sources:
@@ -83,7 +90,8 @@ def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: 
             placed.append((file, *_place_and_day(file, options)))
         except ReadFailure as failure:
             skipped.add_failure(failure)
-    labels = assign_labels(options, paths, files, skipped, {file.path: place for file, place, _ in placed})
+    asked = options if options.places is None else options.model_copy(update={"labels": "none"})
+    labels = assign_labels(asked, paths, files, skipped, {file.path: place for file, place, _ in placed})
     together: dict[str, list[SourceFile]] = {}
     for file, place, _ in placed:
         together.setdefault(place if options.series else str(file.path), []).append(file)
@@ -118,9 +126,20 @@ def settle(found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped:
     probes = _with_bands(probes, bands, options, skipped)
     dtype = _common_dtype(probes, options)
     settled = []
-    for members in _units(probes, options, skipped):
+    units = _units(probes, options, skipped)
+    plans = plan_layouts(
+        {first.path: (first.shape, first.metres) for first, *_ in units},
+        {first.path: None if first.frame is None else Frame(*first.shape, *first.frame) for first, *_ in units},
+        {first.path: tasks[first.path].known for first, *_ in units},
+        options,
+        skipped,
+    )
+    for members in units:
         first = members[0]
-        unit = Unit(tuple((probe.path, probe.day or 0.0) for probe in members), bands, dtype, first.shape, first.metres)
+        if first.path not in plans:
+            continue
+        dates = tuple((probe.path, probe.day or 0.0) for probe in members)
+        unit = Unit(dates, bands, dtype, first.shape, first.metres, plans[first.path])
         others = tuple(probe.path for probe in members[1:])
         settled.append(SourceTask(first.path, first.place, tasks[first.path].known, others, asdict(unit)))
     return settled
@@ -140,6 +159,7 @@ def describe(
         "dates": max((len(fact["dates"]) for fact in facts), default=0),
         "series": {fact["dates"][0][0]: fact["dates"] for fact in facts} if options.series else {},
     }
+    metadata |= layout_metadata(facts, options)
     metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
     return metadata
 
@@ -170,6 +190,7 @@ def _probe(task: SourceTask, options: RemoteSensingOptions) -> Probe:
             (raster.height, raster.width),
             raster.metres,
             raster.grid,
+            None if raster.metres is None else (raster.crs.to_wkt(), tuple(raster.transform)[:6]),
             **task.details,
         )
     finally:
@@ -323,10 +344,8 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
     """
     source = unit.dates[0][0]
     (height, width), metres = unit.shape, unit.metres
-    step = (1.0, 1.0)
-    if options.gsd is not None and metres is not None:
-        step = (options.gsd / metres[0], options.gsd / metres[1])
-    extent: tuple[float, ...] = (options.size * step[0], options.size * step[1])
+    cut = cut_of(unit.shape, metres, options)
+    extent: tuple[float, ...] = cut.extent
     reach = min(1.0, height / extent[0]) * min(1.0, width / extent[1])
     if reach < max(options.min_valid, SMALLEST_SHARE):
         raise ReadFailure(
@@ -335,8 +354,11 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
             f"its {height}x{width} pixels fill {reach:.0%} of a window of {extent[0]:.0f}x{extent[1]:.0f} pixels.",
             "Make data.size, data.gsd or data.min_valid smaller.",
         )
-    stride = options.stride or options.size
-    corners = window_grid((height, width), extent, (stride * step[0], stride * step[1]), edges="shift")
+    layout = lay_out(cut, unit.plan)
+    corners = layout.corners
+    if not len(corners):
+        reason = f"each of its {layout.left_out} windows is across a border of blocks, or too near to one."
+        raise ReadFailure(source, WINDOWS, reason, "Make data.block several times as large as a window.")
     spacing: tuple[float, ...] = metres or ()
     series: dict[str, Dates] = {}
     if options.series:
@@ -372,8 +394,18 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
             )
             notes.append(Skipped(source, WINDOWS, reason))
         return SourceRows.unused(*notes)
-    facts = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
-    rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good])
+    thin = int((np.isfinite(content) & ~good).sum())
+    if options.places is not None and thin:
+        reason = (
+            f"{thin} of {len(corners)} windows of places left out: fewer than {options.min_valid:.0%} valid values."
+        )
+        notes.append(Skipped(source, PLACES, f"{reason} Lower data.min_valid to have them."))
+    facts: dict[str, Any] = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
+    facts |= {"left_out": layout.left_out, "places": unit.plan.get("places")}
+    kept = layout.only(good)
+    rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good], kept.groups)
+    if kept.labels is not None:
+        rows = replace(rows, label=kept.labels, split=kept.splits)
     return SourceRows(rows, facts, tuple(notes))
 
 

@@ -57,6 +57,16 @@ class Raster:
         transform = tuple(round(value, 9) for value in self.dataset.transform[:6])
         return (self.height, self.width, str(self.dataset.crs), transform)
 
+    @property
+    def crs(self) -> Any:
+        """rasterio's CRS, or ``None``."""
+        return self.dataset.crs
+
+    @property
+    def transform(self) -> Any:
+        """From (column, row) to map coordinates."""
+        return self.dataset.transform
+
     def close(self) -> None:
         self.dataset.close()
 
@@ -310,7 +320,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
         north = ellipsoid.semi_major_metre * (1 - squared) / bend**1.5 * unit
         east = ellipsoid.semi_major_metre / math.sqrt(bend) * math.cos(latitude) * unit
     elif system.is_projected:
-        north = east = unit / math.sqrt(_area_inflation(system, x, y))
+        north = east = unit / math.sqrt(area_inflation(system, x, y))
     else:
         return None
     along_x = math.hypot(transform.a * east, transform.d * north)
@@ -320,7 +330,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     return along_y, along_x
 
 
-def _area_inflation(system: Any, x: float, y: float) -> float:
+def area_inflation(system: Any, x: float, y: float) -> float:
     """Areal scale of a projection at a point; 1 where it is within 1 % or cannot be told."""
     import pyproj
     from pyproj.exceptions import ProjError
