@@ -80,7 +80,7 @@ class BlockGrid:
 
         assert options.block is not None
         texts = list(dict.fromkeys(frame.crs for frame in frames.values()))
-        systems = [pyproj.CRS.from_wkt(text) for text in texts]
+        systems = [pyproj.CRS.from_user_input(text) for text in texts]
         system: pyproj.CRS | None = systems[0]
         if degrees or any(system != other for other in systems):
             system = systems[0].geodetic_crs

@@ -20,7 +20,7 @@ class Frame:
 
     Attributes:
         height, width: in pixels.
-        crs: coordinate system as WKT.
+        crs: coordinate system, as text that pyproj understands.
         transform: the six numbers of the affine map from (column, row) to coordinates.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.places import PLACES
 from fmsuite.domains.remote_sensing.placing import Cut, Laid, lay_places
 from fmsuite.domains.remote_sensing.raster import area_inflation
+from fmsuite.domains.remote_sensing.scenes import Unit
 from fmsuite.errors import ReadFailure, UsageError
 from fmsuite.tiling.grid import window_grid
 from fmsuite.tiling.labels import SourceLabel, refuse_shared_groups
@@ -52,30 +53,24 @@ class Layout:
         return Layout(self.corners[rows], chosen(self.labels), chosen(self.groups), chosen(self.splits), self.left_out)
 
 
-def cut_of(shape: tuple[int, int], metres: tuple[float, float] | None, options: RemoteSensingOptions) -> Cut:
-    """How windows are cut from a raster of that shape and size of pixels."""
+def cut_of(unit: Unit, options: RemoteSensingOptions) -> Cut:
+    """How windows are cut from a raster."""
     step = (1.0, 1.0)
-    if options.gsd is not None and metres is not None:
-        step = (options.gsd / metres[0], options.gsd / metres[1])
+    if options.gsd is not None and unit.metres is not None:
+        step = (options.gsd / unit.metres[0], options.gsd / unit.metres[1])
     closest = 1 if options.places is not None and options.place_windows == "centre" else options.size
     stride = options.stride or closest
     extent = (options.size * step[0], options.size * step[1])
-    return Cut(shape, extent, (stride * step[0], stride * step[1]), step, native=options.gsd is None)
+    return Cut(unit.shape, extent, (stride * step[0], stride * step[1]), step, native=options.gsd is None)
 
 
 def plan_layouts(
-    shapes: Mapping[str, tuple[tuple[int, int], tuple[float, float] | None]],
-    frames: Mapping[str, Frame | None],
-    known: Mapping[str, SourceLabel],
-    options: RemoteSensingOptions,
-    skipped: SkippedLog,
+    units: Sequence[Unit], known: Mapping[str, SourceLabel], options: RemoteSensingOptions, skipped: SkippedLog
 ) -> dict[str, dict[str, Any]]:
-    """What ``lay_out`` has to know of each raster beside its own pixels; a raster that can have no window is left out.
+    """What ``lay_out`` has to know of each source beside its own pixels; one that can have no window is left out.
 
     Args:
-        shapes: of each raster (height, width) and the metres that a pixel measures.
-        frames: ``None`` for a raster without a place on Earth.
-        known: what labels files say.
+        known: by source, what labels files say.
 
     Returns:
         JSON values.
@@ -85,18 +80,17 @@ def plan_layouts(
             the split; as ``placing.lay_places``.
     """
     if options.places is None and options.block is None:
-        return {source: {} for source in shapes}
+        return {unit.source: {} for unit in units}
     option = "block" if options.places is None else "places"
     placed: dict[str, Frame] = {}
-    for source, frame in frames.items():
-        if frame is None:
-            failure = ReadFailure(source, "metadata", UNPLACED.format(option=option), GEOREFERENCE)
-            skipped.add_failure(failure)
+    for unit in units:
+        if unit.metres is None:
+            skipped.add_failure(ReadFailure(unit.source, "metadata", UNPLACED.format(option=option), GEOREFERENCE))
         else:
-            placed[source] = frame
+            placed[unit.source] = Frame(*unit.grid)
     if not placed:
         return {}
-    cuts = {source: cut_of(*shapes[source], options) for source in placed}
+    cuts = {unit.source: cut_of(unit, options) for unit in units if unit.source in placed}
     plans: dict[str, dict[str, Any]] = {source: {"frame": asdict(frame)} for source, frame in placed.items()}
     if options.places is not None:
         laid, facts = lay_places(placed, cuts, options, skipped)
@@ -107,12 +101,11 @@ def plan_layouts(
     if options.block is not None:
         _refuse_groups(known, plans)
         grid = BlockGrid.of(placed, options, any(map(_is_inflated, placed.values())))
-        for source in plans:
-            metres = shapes[source][1]
-            if metres is not None:
-                extent = cuts[source].extent
-                refuse_narrow_blocks((extent[0] * metres[0], extent[1] * metres[1]), options)
-            plans[source]["blocks"] = asdict(grid)
+        for unit in units:
+            if unit.source in plans and unit.metres is not None:
+                extent = cuts[unit.source].extent
+                refuse_narrow_blocks((extent[0] * unit.metres[0], extent[1] * unit.metres[1]), options)
+                plans[unit.source]["blocks"] = asdict(grid)
         _refuse_parted_blocks(plans, cuts, known)
     return plans
 
@@ -164,7 +157,7 @@ def _is_inflated(frame: Frame) -> bool:
     import pyproj
 
     ((x, y),) = frame.coordinates(np.array([[frame.height / 2, frame.width / 2]]))
-    system = pyproj.CRS.from_wkt(frame.crs)
+    system = pyproj.CRS.from_user_input(frame.crs)
     return bool(system.is_projected) and area_inflation(system, x, y) != 1
 
 
