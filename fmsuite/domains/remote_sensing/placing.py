@@ -293,7 +293,7 @@ def _meeting(claims: Claims, cut: Cut) -> set[tuple[int, int]]:
 
     numbers = np.unique(claims.places)
     boxes = _boxes(claims.corners, cut, _INSET)
-    covered = [shapely.union_all(boxes[claims.places == number]) for number in numbers]
+    covered = np.array([shapely.union_all(boxes[claims.places == number]) for number in numbers], dtype=object)
     first, second = shapely.STRtree(covered).query(covered, predicate="intersects")
     return {(int(numbers[a]), int(numbers[b])) for a, b in zip(first, second, strict=True) if a < b}
 

@@ -5,6 +5,7 @@ import pyproj
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.transform import from_origin
 
 from fmsuite.domains.remote_sensing.blocks import BlockGrid, BlockOptions, refuse_narrow_blocks
 from fmsuite.domains.remote_sensing.ground import Frame
@@ -124,3 +125,74 @@ def test_a_system_without_a_planet_is_refused():
     local = 'LOCAL_CS["bench",UNIT["metre",1],AXIS["x",EAST],AXIS["y",NORTH]]'
     with pytest.raises(UsageError, match="no place on a planet"):
         BlockGrid.of({"a": _frame(local, 0.0, 0.0, 1.0)}, BlockOptions(block=100))
+
+
+@pytest.fixture
+def scenes(tmp_path, write_raster, noise):
+    """Two dates of one place and a neighbour that overlaps them by half."""
+    write_raster("scenes/a_20240101.tif", noise(1, 96, 96))
+    write_raster("scenes/a_20240601.tif", noise(1, 96, 96, seed=1))
+    write_raster("scenes/b_20240101.tif", noise(1, 96, 96, seed=2), transform=from_origin(500_480, 5_300_000, 10, 10))
+    return tmp_path / "scenes"
+
+
+def test_groups_of_an_index_are_blocks(scenes, make_index):
+    _, index, skipped = make_index(scenes, size=16, stride=4, block=400)
+    windows = [index[row] for row in range(len(index))]
+    assert not len(skipped)
+    west = {"a": 500_000, "b": 500_480}
+    for window in windows:
+        x = west[window.source.rpartition("/")[2][0]] + 10 * window.position[1]
+        y = 5_300_000 - 10 * (window.position[0] + 16)
+        assert window.group == f"EPSG-32632/r{int(y // 400)}c{int(x // 400)}"
+    # 21 x 21 windows a raster; along an axis of 960 m as many lie within blocks as a loop finds.
+    inside = {
+        name: sum((start + 40 * k) // 400 == (start + 40 * k + 159) // 400 for k in range(21))
+        for name, start in west.items()
+    }
+    down = sum((5_300_000 - 40 * k - 160) // 400 == (5_300_000 - 40 * k - 1) // 400 for k in range(21))
+    kept = down * (2 * inside["a"] + inside["b"])
+    assert len(index) == kept
+    assert index.metadata["blocks"] == {"metres": 400, "margin": 0, "left_out": 3 * 441 - kept}
+
+
+def test_a_block_on_two_sides_is_refused_and_so_are_other_groups(scenes, make_index):
+    table = scenes / "labels.csv"
+    table.write_text("path,split\na_20240101.tif,train\na_20240601.tif,test\nb_20240101.tif,test\n")
+    with pytest.raises(UsageError, match="blocks of the ground: on several sides"):
+        make_index(scenes, size=16, block=400)
+    table.write_text("path,group\na_20240101.tif,g\n")
+    with pytest.raises(UsageError, match="labels file gives groups too, such as 'g'"):
+        make_index(scenes, size=16, block=400)
+    with pytest.raises(UsageError, match="a window measures 160 m"):
+        make_index(scenes, size=16, block=100, labels="none")
+
+
+def test_blocks_group_points_and_refuse_polygons(scenes, tmp_path, make_index):
+    points = tmp_path / "points.csv"
+    lines = [f"{500_100 + 100 * n},{5_299_850 - 60 * n},EPSG:32632,a" for n in range(8)]
+    points.write_text("\n".join(["x,y,crs,label", *lines]))
+    _, index, _ = make_index(scenes, size=8, block=320, places=points)
+    blocks = index.metadata["blocks"]["left_out"]
+    assert blocks > 0
+    assert blocks + len(index) == 2 * 8 + sum(500_100 + 100 * n >= 500_480 for n in range(8))
+    assert {group[:11] for group in index.groups} == {"EPSG-32632/"}
+    points.write_text("\n".join(["x,y,crs,group", *lines]))
+    with pytest.raises(UsageError, match=r"points.csv gives groups too"):
+        make_index(scenes, size=8, block=320, places=points)
+
+
+def test_a_scene_in_which_no_window_fits_a_block_is_told(tmp_path, write_raster, noise, make_index):
+    write_raster("a.tif", noise(1, 32, 32))
+    write_raster("b.tif", noise(1, 32, 32), transform=from_origin(500_200, 5_300_000, 10, 10))
+    _, index, skipped = make_index(tmp_path, size=32, block=330)
+    assert len(index) + sum("across a border of blocks" in entry.reason for entry in skipped.entries) == 2
+    assert len(skipped) >= 1
+
+
+def test_web_mercator_is_measured_in_degrees(tmp_path, write_raster, noise, make_index):
+    write_raster("a.tif", noise(1, 64, 64), crs="EPSG:3857", transform=from_origin(1_000_000, 8_400_000, 20, 20))
+    _, index, _ = make_index(tmp_path, size=8, stride=4, block=200)
+    assert all(group.startswith("EPSG-4326/") for group in index.groups)
+    # At 60 degrees north 20 m of the projection are 10 on the ground: a block is 20 pixels, and 64 of them hold 3 to 5.
+    assert 9 <= len(index.groups) <= 25
