@@ -20,7 +20,6 @@ from fmsuite.core.objectives.satmae import (
     check_groups,
     cls_group_code,
     misplaced_channels,
-    place_statistics,
 )
 from fmsuite.core.objectives.single_view import VIEW, Visible, masked_ids
 from fmsuite.core.tokens import PatchGrid, take
@@ -63,11 +62,36 @@ def patch_targets(grid: PatchGrid, view: View, ids: Tensor | None = None) -> tup
         pixels, counted = take(pixels, ids), take(counted, ids)
     pixels = torch.where(counted, pixels, 0.0)
     weight = counted.to(torch.float32)
+    return pixels, weight, *patch_statistics(pixels, weight)
+
+
+def patch_statistics(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and ``sqrt(variance + 1e-6)`` (unbiased) of the counted values along the last axis, which stays with length
+    one.
+
+    Args:
+        values: float32, zero where not counted.
+        weight: of the same shape, 1 at values that count, else 0.
+    """
     number = weight.sum(-1, keepdim=True)
-    mean = pixels.sum(-1, keepdim=True) / number.clamp(min=1)
-    square = (weight * (pixels - mean) ** 2).sum(-1, keepdim=True)
-    spread = (square / (number - 1).clamp(min=1) + EPSILON).sqrt()
-    return pixels, weight, mean, spread
+    mean = values.sum(-1, keepdim=True) / number.clamp(min=1)
+    square = (weight * (values - mean) ** 2).sum(-1, keepdim=True)
+    return mean, (square / (number - 1).clamp(min=1) + EPSILON).sqrt()
+
+
+def place_statistics(grid: PatchGrid, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``patch_statistics`` over all channel groups at each place together.
+
+    Args:
+        values, weight: (B, N, P) of all tokens, see ``patch_targets``.
+
+    Returns:
+        (B, N, 1) float32 each, equal for all tokens of a place.
+    """
+    groups = len(grid.groups)
+    places = [part.unflatten(1, (groups, -1)).transpose(1, 2).flatten(2) for part in (values, weight)]
+    mean, spread = (part.repeat(1, groups, 1) for part in patch_statistics(*places))
+    return mean, spread
 
 
 def masked_mean_error(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
@@ -115,10 +139,10 @@ class MAE(MaskDecoder):
     Config: ClassVar[type[ObjectiveConfig]] = MAEConfig
     card: ClassVar[Card] = Card(
         family="pixels",
-        paper="He et al. 2021, arXiv:2111.06377",
+        paper="He et al. 2021, arXiv:2111.06377; channel groups: Cong et al. 2022, arXiv:2207.08051",
         predicts="pixels of the masked patches, each normalised by its own statistics, from the visible ones",
         masks="75% at random; the encoder never sees them",
-        checked="public MAE code: loss, prediction, every gradient",
+        checked="public MAE code: loss, prediction, every gradient; public SatMAE code, four modes: prediction, loss, gradient norm",
     )
     config: MAEConfig
 
@@ -162,7 +186,7 @@ class MAE(MaskDecoder):
     def _place_targets(self, view: View, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(view.pixels.device.type, enabled=False):
             target, weight, _, _ = patch_targets(self.grid, view)
-            mean, spread = place_statistics(self.grid, target, weight, EPSILON)
+            mean, spread = place_statistics(self.grid, target, weight)
             target = (target - mean) / spread
             return (target, weight) if ids is None else (take(target, ids), take(weight, ids))
 
@@ -172,7 +196,7 @@ class MAE(MaskDecoder):
             return None
         values, weight, mean, spread = patch_targets(self.grid, view)
         if self.config.norm_over == "place":
-            return place_statistics(self.grid, values, weight, EPSILON)
+            return place_statistics(self.grid, values, weight)
         return mean, spread
 
     @torch.no_grad()

@@ -59,25 +59,6 @@ def check_groups(config: GroupOptions, grid: PatchGrid, norm_pix: bool, has_cls:
         )
 
 
-def place_statistics(grid: PatchGrid, values: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Mean and ``sqrt(variance + epsilon)`` (unbiased) over the counted values of all channel groups at each place.
-
-    Args:
-        values, weight: (B, N, P) of all tokens, see ``mae.patch_targets``.
-
-    Returns:
-        (B, N, 1) float32 each; equal for all tokens of a place.
-    """
-    groups = len(grid.groups)
-    values, weight = (part.unflatten(1, (groups, -1)) for part in (values, weight))
-    number = weight.sum((1, 3), keepdim=True)
-    mean = values.sum((1, 3), keepdim=True) / number.clamp(min=1)
-    square = (weight * (values - mean) ** 2).sum((1, 3), keepdim=True)
-    spread = (square / (number - 1).clamp(min=1) + epsilon).sqrt()
-    mean, spread = (part.expand(-1, groups, -1, -1).flatten(1, 2) for part in (mean, spread))
-    return mean, spread
-
-
 def cls_group_code(grid: PatchGrid, config: DecoderConfig) -> Tensor:
     """(decoder_width,) float32 sine-cosine code of the channel group after the last; zero along all other axes."""
     shares = axis_widths(grid.token_axes, config.decoder_width, config.decoder_position_widths, "objective.decoder_")

@@ -10,8 +10,8 @@ from fmsuite.core.backbones.positions import sincos_positions
 from fmsuite.core.backbones.vit import VisionTransformer
 from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.core.objectives.mae import EPSILON, MAE, MAEConfig, masked_mean_error, patch_targets
-from fmsuite.core.objectives.satmae import misplaced_channels, place_statistics
+from fmsuite.core.objectives.mae import MAE, MAEConfig, masked_mean_error, patch_targets, place_statistics
+from fmsuite.core.objectives.satmae import misplaced_channels
 from fmsuite.errors import UsageError
 
 GROUPS = "aaabbbabcc"
@@ -144,7 +144,7 @@ def test_statistics_of_a_place_are_of_all_its_valid_values(toys):
     view.valid = view.valid.expand(-1, 13, -1, -1).clone()
     view.valid[0, 2] = False
     values, weight, _, _ = patch_targets(objective.grid, view)
-    mean, spread = place_statistics(objective.grid, values, weight, EPSILON)
+    mean, spread = place_statistics(objective.grid, values, weight)
     for sample, row, column in ((0, 0, 3), (1, 2, 2), (3, 3, 1)):
         box = (sample, slice(None), slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
         counted = view.pixels[box][view.valid[box]]
@@ -159,7 +159,7 @@ def test_reconstructions_are_scaled_back_by_the_statistics_of_the_place(toys, mo
     batch = toys.batch(objective, "thirteen_grouped", invalid=True)
     view = batch.views["image"][0]
     values, weight, _, _ = patch_targets(objective.grid, view)
-    mean, spread = place_statistics(objective.grid, values, weight, EPSILON)
+    mean, spread = place_statistics(objective.grid, values, weight)
     monkeypatch.setattr(objective, "predict", lambda view: ((values - mean) / spread, view.mask))
     filled = objective.reconstruct(batch).filled
     valid = view.valid.expand_as(filled)
