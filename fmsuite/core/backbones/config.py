@@ -45,6 +45,8 @@ class ModelConfig(BaseModel):
             ``swin_unetr`` for Swin UNETR's encoder, of which ``width`` is the last stage's and ``heads`` the first's.
         input_size: length along the spatial axes; the domain's window if not given.
         patch_size: one number, or one for each input axis.
+        patch_embedding: ``linear``, a kernel slice learned for each channel; or ``wavelength``, kernels computed from
+            the channels' wavelengths, so that other bands than those of the training can be shown (``wavelengths.py``).
         width, depth, heads, mlp_ratio: override the named size.
         cls_token, registers: special tokens.
         positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, ``learned+rotary`` for both
@@ -75,6 +77,7 @@ class ModelConfig(BaseModel):
     name: str = "vit_small"
     input_size: int | tuple[int, ...] | None = None
     patch_size: int | tuple[int, ...] = 16
+    patch_embedding: Literal["linear", "wavelength"] = "linear"
     width: int | None = Field(default=None, ge=1)
     depth: int | None = Field(default=None, ge=1)
     heads: int | None = Field(default=None, ge=1)

@@ -26,6 +26,7 @@ from fmsuite.core.backbones.positions import (
     sincos_positions,
 )
 from fmsuite.core.backbones.relative_bias import RelativePositionBias
+from fmsuite.core.backbones.wavelengths import WavelengthEmbed
 from fmsuite.core.data.sample import View
 from fmsuite.core.inputs import InputSpec
 from fmsuite.core.tokens import PatchGrid, TokenLayout, take
@@ -68,7 +69,7 @@ class VisionTransformer(Backbone):
         self.width = size.width
         self.depth = size.depth
         self.grid = None if spec.bag else PatchGrid.build(spec, config.patch_size, config.min_valid)
-        self.patch_embed = BagEmbed(spec, size.width) if self.grid is None else PatchEmbed(self.grid, size.width)
+        self.patch_embed = self._make_embedding()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width)) if config.cls_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, size.width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, size.width))
@@ -83,6 +84,8 @@ class VisionTransformer(Backbone):
     def init_weights(self) -> None:
         """Set every parameter to its starting value (PyTorch's global generator)."""
         self.apply(partial(init_transformer, law=self.config.init))
+        if isinstance(self.patch_embed, WavelengthEmbed):
+            self.patch_embed.init_weights()
         for token in (self.cls_token, self.reg_token, self.mask_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
@@ -331,6 +334,16 @@ class VisionTransformer(Backbone):
         if layout.valid is None or (layout.valid.device.type == "cpu" and bool(layout.valid.all())):
             return None
         return key_mask_of(layout.valid, self.num_prefix_tokens)
+
+    def _make_embedding(self) -> PatchEmbed | WavelengthEmbed | BagEmbed:
+        by_wavelength = self.config.patch_embedding == "wavelength"
+        if self.grid is None:
+            if by_wavelength:
+                raise UsageError("A bag of vectors has no bands with wavelengths.", "Remove model.patch_embedding.")
+            return BagEmbed(self.spec, self.width)
+        if by_wavelength:
+            return WavelengthEmbed(self.spec, self.grid, self.width, self.config.init)
+        return PatchEmbed(self.grid, self.width)
 
     def _make_table(self) -> nn.Parameter | None:
         if not self.config.learned:
