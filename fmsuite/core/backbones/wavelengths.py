@@ -77,7 +77,7 @@ class WavelengthEmbed(nn.Module):
         law: by which a linear embedding would start; see ``init_transformer``.
 
     Raises:
-        UsageError: if no channel has a wavelength, channels are grouped, or there are more than three axes.
+        UsageError: if channels are grouped, a wavelength is not in nanometres, or there are more than three axes.
     """
 
     codes: Tensor
@@ -94,12 +94,6 @@ class WavelengthEmbed(nn.Module):
         if len(grid.axes) not in _CONVOLUTIONS:
             raise UsageError(f"Patches over {len(grid.axes)} axes ({', '.join(grid.axes)}) are not supported.")
         known = [channel.wavelength for channel in spec.channels if channel.wavelength is not None]
-        if not known:
-            raise UsageError(
-                f"model.patch_embedding: wavelength needs wavelengths, and none of the channels "
-                f"{', '.join(spec.channel_names)} has one.",
-                "Name the sensor (data.sensor), or set model.patch_embedding to linear.",
-            )
         self.grid, self.width, self.channels = grid, width, spec.channels
         self.register_buffer("codes", wavelength_codes(known), persistent=False)
         self.register_buffer("order", torch.tensor(_order(spec.channels)), persistent=False)
@@ -159,6 +153,19 @@ class WavelengthEmbed(nn.Module):
         return convolve(pixels, kernel, bias, self.grid.patch_size).flatten(2).transpose(1, 2)  # type: ignore[operator]
 
 
+def check_wavelengths(spec: InputSpec) -> None:
+    """
+    Raises:
+        UsageError: for data from which such an embedding would learn nothing about wavelengths.
+    """
+    if all(channel.wavelength is None for channel in spec.channels):
+        raise UsageError(
+            f"model.patch_embedding: wavelength needs wavelengths, and none of the channels "
+            f"{', '.join(spec.channel_names)} has one.",
+            "Name the sensor (data.sensor), or set model.patch_embedding to linear.",
+        )
+
+
 def names_without_wavelength(spec: InputSpec) -> list[str]:
     """Of the channels that have a learned vector instead, in the order of the vectors."""
     return [channel.name for channel in spec.channels if channel.wavelength is None]
@@ -178,7 +185,7 @@ def carry_over(state: dict[str, Tensor], source: InputSpec, target: InputSpec, o
     have, want = names_without_wavelength(source), names_without_wavelength(target)
     unknown = [name for name in want if name not in have]
     if unknown:
-        known = ", ".join((*source.channel_names,))
+        known = ", ".join(source.channel_names)
         raise UsageError(
             f"{origin}: channel {', '.join(unknown)} has no wavelength, and none of that name was trained on.",
             f"Give its wavelength in nanometres. Trained on: {known}.",
