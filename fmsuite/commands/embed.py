@@ -141,6 +141,8 @@ def _embedder(what: str, data: InputSpec, channels: Sequence[str] | None, poolin
             raise UsageError("The histogram takes all channels and has no pooling.", "Leave these options out.")
         return Histogram(data)
     model = open_encoder(what, channels=channels, pooling=pooling)
+    if channels is None:
+        model = model.fitted(data)
     model.check_input(data_as_seen(data, model))
     return model
 
