@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fmsuite.core.backbones.positions import TimeEncoding
 from fmsuite.errors import UsageError, nearest
 
 
@@ -56,6 +57,8 @@ class ModelConfig(BaseModel):
         position_scale: physical length that counts as one step when units are physical.
         position_widths: features for the sine-cosine code of each named axis; the others share the rest evenly
             (SatMAE gives its channel groups a width of their own).
+        time_encoding: what the sine-cosine code of the axis ``time`` encodes: the days since 2000-01-01, or
+            (``calendar``) year, month and hour, a third of the features each; SatMAE gives time 384 of them.
         rope_theta: base of the rotary frequencies.
         mlp: ``gelu``, or ``swiglu`` with DINOv2's fused layout (timm's ``GluMlp``, ``fc1`` then ``fc2``).
         norm: ``layer`` or ``rms`` normalisation.
@@ -86,6 +89,7 @@ class ModelConfig(BaseModel):
     position_units: Literal["index", "physical"] = "index"
     position_scale: float = Field(default=1.0, gt=0)
     position_widths: dict[str, int] | None = None
+    time_encoding: TimeEncoding = "days"
     rope_theta: float = Field(default=100.0, gt=0)
     mlp: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layer", "rms"] = "layer"
@@ -106,6 +110,7 @@ class ModelConfig(BaseModel):
         for key, wanted, needed in (
             ("rope_theta", self.rotary, "positions: rotary"),
             ("position_widths", self.positions == "sincos", "positions: sincos"),
+            ("time_encoding", self.positions == "sincos", "positions: sincos"),
             ("position_scale", self.position_units == "physical", "position_units: physical"),
             ("position_units", self.positions == "sincos" or self.rotary, "positions: sincos or rotary"),
         ):
