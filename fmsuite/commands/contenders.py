@@ -18,7 +18,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, Embedder, embed, store_facts
-from fmsuite.core.encoders import Encoder, description
+from fmsuite.core.encoders import Encoder, description, seeing_dates
 from fmsuite.core.evaluation.results import EncoderFacts
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.inputs import InputSpec
@@ -76,6 +76,7 @@ def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool)
     Raises:
         UsageError: naming an encoder that the data do not fit.
     """
+    encoders = {name: seeing_dates(encoder, data) for name, encoder in encoders.items()}
     for name, encoder in encoders.items():
         try:
             encoder.check_input(data_as_seen(data, encoder))

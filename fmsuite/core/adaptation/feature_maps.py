@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.datewise import Datewise
 from fmsuite.core.backbones.swin_unetr import SwinUNETR
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.data.sample import View
@@ -202,6 +203,8 @@ def is_hierarchical(backbone: Backbone) -> bool:
 
 
 def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
+    if isinstance(backbone, Datewise):
+        return _own_levels(backbone.single)
     if isinstance(backbone, Hierarchical):
         return backbone.levels
     if isinstance(backbone, SwinUNETR):
@@ -218,6 +221,9 @@ def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
 
 
 def _own_maps(backbone: Backbone, view: View) -> tuple[Tensor, ...]:
+    if isinstance(backbone, Datewise):
+        dates = backbone.dates(view)
+        return tuple(dates.mean(found) for found in _own_maps(backbone.single, dates.view))
     if isinstance(backbone, Hierarchical):
         return backbone.maps(view)
     if isinstance(backbone, SwinUNETR):

@@ -68,6 +68,7 @@ class ModelConfig(BaseModel):
             uniform law, with the patch projection treated as a linear layer (MAE).
         depth_rescale: divide what block l = 1, 2, ... adds to the sequence (the weights of ``attn.proj`` and
             ``mlp.fc2``) by sqrt(2 l) at the start (BEiT, I-JEPA).
+        datewise: of a time series, each date by itself (``datewise.py``): all other options are of one date.
         drop_path: rate of the last block; it grows linearly from 0 at the first unless ``drop_path_uniform``.
         min_valid: share of valid values that a patch needs to be a token.
         weights: anything ``load_encoder`` opens, to start from (continued pretraining).
@@ -98,6 +99,7 @@ class ModelConfig(BaseModel):
     layer_scale: float | None = None
     init: Literal["normal", "xavier"] = "normal"
     depth_rescale: bool = False
+    datewise: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     drop_path_uniform: bool = False
     min_valid: float = Field(default=0.5, gt=0, le=1)
