@@ -16,8 +16,8 @@ def build_backbone(config: ModelConfig, spec: InputSpec) -> Backbone:
     """A backbone for an input, started from ``config.weights`` if there are any.
 
     Args:
-        config: the shape, of a single date with ``config.datewise``. ``timm:NAME`` wraps a timm model (with random weights unless ``config.weights`` names some),
-            ``swin_unetr`` MONAI's Swin UNETR encoder.
+        config: the shape, of a single date with ``config.datewise``. ``timm:NAME`` wraps a timm model (with random
+            weights unless ``config.weights`` names some), ``swin_unetr`` MONAI's Swin UNETR encoder.
         spec: the input; ``config.input_size``, if given, resizes it.
 
     Raises:

@@ -9,7 +9,7 @@ FIRST_YEAR = 2002
 """SatMAE counts years from here, the first of fMoW's images."""
 _SLACK = 1 / 400
 """In days, 3.6 minutes. float32 is off by up to 2.8 minutes (half of 1/256 day) between 1820 and 2179, so that a whole
-hour may come a little early; readers hand out dates in steps of ten minutes, of which no other reaches the next hour."""
+hour may come a little early; readers hand out dates in steps of ten minutes, none of which then reaches the next."""
 _ERA = 146_097
 """Days of 400 years, after which the calendar repeats itself."""
 
