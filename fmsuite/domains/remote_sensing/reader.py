@@ -35,6 +35,7 @@ class RasterReader:
     """
 
     anywhere: ClassVar[bool] = True
+    piecewise: ClassVar[bool] = True
 
     options: RemoteSensingOptions
     bands: tuple[str, ...]

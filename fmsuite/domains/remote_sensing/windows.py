@@ -20,6 +20,8 @@ SMALLEST_SHARE = 0.01
 """A window of which a raster fills less than this is refused unread, whatever ``min_valid`` says."""
 WINDOWS = "windows"
 """The stage of a source that can be read and has no window worth it."""
+_WHOLE = 1e-6
+"""Fractions of a sample below this are rounding."""
 
 
 def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
@@ -54,7 +56,10 @@ def window_corners(
     Args:
         extent, stride: of windows along (y, x), in the unit's own pixels.
     """
-    return window_grid(unit.shape, extent, stride, edges="shift")
+    # The last window ends with the last whole sample: all lie on one grid of samples, as a scene or a packed copy has it.
+    step = np.asarray(extent) / options.size
+    whole = np.floor(unit.shape / step + _WHOLE) * step
+    return window_grid(tuple(np.maximum(whole, step)), extent, stride, edges="shift")
 
 
 def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
