@@ -65,18 +65,23 @@ class EncoderFacts(Record):
     """
     Attributes:
         name: unique among the results, and short: it stands in tables.
-        kind: ``encoder`` for what the user gave; the others are controls, ``constant`` one that sees nothing.
+        kind: ``encoder`` for what the user gave, ``normalised`` for the same under another normalisation; the others
+            are controls, ``constant`` one that sees nothing.
         identity: as in the store's attributes.
         control_of: the encoder that an untrained one is a control of.
+        variant_of: the encoder that a normalised one is, and normalisation: under which of
+            ``normalisations.NORMALISATIONS``.
     """
 
     name: str
-    kind: Literal["encoder", "untrained", "histogram", "constant"] = "encoder"
+    kind: Literal["encoder", "untrained", "histogram", "means", "constant", "normalised"] = "encoder"
     identity: str
     dim: int
     pooling: str | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
     control_of: str | None = None
+    variant_of: str | None = None
+    normalisation: str | None = None
 
 
 class Episode(Record):
@@ -131,6 +136,8 @@ class Facts(Record):
     Attributes:
         index_hash: ``SampleIndex.hash`` of the windows.
         inputs: paths and hashes of what was read (stores, labels), as given.
+        normalisations: by encoder one sentence on what raw values became, and whose mean and standard deviation was
+            used.
     """
 
     command: list[str]
@@ -142,6 +149,7 @@ class Facts(Record):
     platform: str
     index_hash: str
     inputs: dict[str, str] = Field(default_factory=dict)
+    normalisations: dict[str, str] = Field(default_factory=dict)
 
 
 class Results(Record):
