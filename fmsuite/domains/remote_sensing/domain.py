@@ -110,7 +110,9 @@ class RemoteSensingDomain(Domain):
         return raster_scene(self.reader(index), source)
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
-        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.band_dropout)
+        kinds = tuple(self.options.kind_of(name) for name in spec.channel_names)
+        scales, offsets = zip(*((q.scale, q.offset) for q in spec.quantifications), strict=True)
+        return RasterAugmentation(kinds, scales, offsets, self.options.band_dropout)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""

@@ -11,6 +11,7 @@ from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.remote_sensing.blocks import BlockOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
 from fmsuite.domains.remote_sensing.places import PlaceOptions
+from fmsuite.domains.remote_sensing.region import RegionOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
 from fmsuite.errors import nearest
 from fmsuite.tiling.labels import LabelOptions
@@ -19,18 +20,23 @@ DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
 
-class RemoteSensingOptions(DomainOptions, LayerOptions, LabelOptions, PlaceOptions, BlockOptions):
+class RemoteSensingOptions(DomainOptions, LayerOptions, RegionOptions, LabelOptions, PlaceOptions, BlockOptions):
     """How rasters become windows, and what is known about the rasters.
 
-    The latter is in the options of ``LayerOptions`` (sensors) and ``LabelOptions``: a group is a scene, and a line of a
-    labels file may also name a place (see ``place_pattern`` and ``series``). ``PlaceOptions`` have windows around
-    labelled places instead of a grid, ``BlockOptions`` make groups of the ground.
+    The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them) and
+    ``LabelOptions``: a group is a scene, and a line of a labels file may also name a place (see ``place_pattern`` and
+    ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups of
+    the ground.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of
             them is skipped.
         groups: how bands share tokens: ``none`` puts all of them into each token, ``satmae`` makes three tokens a
             place, ``sensors`` one for each layer, a mapping of group names to band names makes its own.
+        palette: of files whose values are entries of a colour table: ``rgb`` reads three bands, red, green and blue,
+            through the table; ``index`` reads the entries. Without it they are refused, as entries are no measurements.
+        statistics: mean and standard deviation of each band: ``data`` computes them from these windows, ``sensor``
+            takes the published ones of the sensor.
         size: side of a window in pixels, after resampling.
         stride: distance between windows in the same pixels; the size if not given (no overlap).
         gsd: metres a pixel; ``None`` reads the pixels as they are stored.
@@ -49,6 +55,8 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, LabelOptions, PlaceOptio
 
     bands: tuple[str, ...] | None = None
     groups: Literal["none", "satmae", "sensors"] | dict[str, tuple[str, ...]] = "none"
+    palette: Literal["rgb", "index"] | None = None
+    statistics: Literal["data", "sensor"] = "data"
     size: int = Field(default=64, ge=8)
     stride: int | None = Field(default=None, ge=1)
     gsd: float | None = Field(default=None, gt=0)
@@ -86,6 +94,9 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, LabelOptions, PlaceOptio
             raise ValueError(f"groups hold {', '.join(members)} but bands are {', '.join(self.bands)}")
         if self.groups == "satmae" and not {*members} <= {*self.known_channels}:
             raise ValueError("groups: satmae needs a Sentinel-2 sensor")
+        if self.statistics == "sensor":
+            for name in self.bands or self.known_channels or ("",):
+                self.published(name)
         if self.groups == "sensors" and self.layers is None:
             raise ValueError("groups: sensors needs several layers")
         return self
