@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
+from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
 from fmsuite.errors import nearest
 from fmsuite.tiling.labels import LabelOptions
@@ -17,11 +18,11 @@ DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
 
-class RemoteSensingOptions(DomainOptions, LayerOptions, LabelOptions):
+class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions):
     """How rasters become windows, and what is known about the rasters.
 
-    The latter is in the options of ``LayerOptions`` (sensors) and ``LabelOptions``: a group is a scene, and a line of a
-    labels file may also name a place (see ``place_pattern`` and ``series``).
+    The latter is in the options of ``LayerOptions`` (sensors), ``MapOptions`` and ``LabelOptions``: a group is a scene,
+    and a line of a labels file may also name a place (see ``place_pattern`` and ``series``).
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of
