@@ -21,6 +21,7 @@ from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: SkippedLog) -> Sources:
     """Every file whose name can be understood. What is known of one file holds for its scene or, in series, place."""
+    options.check_folders()
     files = find_files(paths, SUFFIXES, "rasters")
     named: list[tuple[SourceFile, Name]] = []
     for file, name in zip(files, read_names(files, options), strict=True):

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.remote_sensing.blocks import BlockOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
+from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.places import PlaceOptions
 from fmsuite.domains.remote_sensing.region import RegionOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
@@ -20,13 +21,15 @@ DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
 
-class RemoteSensingOptions(DomainOptions, LayerOptions, RegionOptions, LabelOptions, PlaceOptions, BlockOptions):
+class RemoteSensingOptions(
+    DomainOptions, LayerOptions, RegionOptions, MapOptions, LabelOptions, PlaceOptions, BlockOptions
+):
     """How rasters become windows, and what is known about the rasters.
 
-    The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them) and
-    ``LabelOptions``: a group is a scene, and a line of a labels file may also name a place (see ``place_pattern`` and
-    ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups of
-    the ground.
+    The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them), ``MapOptions``
+    and ``LabelOptions``: a group is a scene, and a line of a labels file may also name a place (see ``place_pattern``
+    and ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups
+    of the ground.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of

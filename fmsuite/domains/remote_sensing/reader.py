@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -13,6 +13,7 @@ import numpy as np
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.remote_sensing.map_files import UNKNOWN, MapReader
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.scenes import Dates
 from fmsuite.domains.remote_sensing.stack import Stack, close_stack, open_stack
@@ -45,6 +46,7 @@ class RasterReader:
 
     def __post_init__(self) -> None:
         self._handles: HandleCache[Stack] = HandleCache(partial(open_stack, options=self.options), close_stack, 16)
+        self._maps = MapReader(self.options)
 
     def read(self, window: Window) -> ArraySample:
         """A window of any extent, at any place; it has as many samples as fit its extent.
@@ -60,13 +62,19 @@ class RasterReader:
         dates = self.files_of(window.source)
         if not self.options.series:
             values, valid = self._read_one(dates[0][1], position, extent)
-            return ArraySample(values, valid, spacing=spacing)
+            maps = self._labels(
+                window.source, dates[0][1], position, extent, values.shape[1:], np.any(valid, axis=(0,))
+            )
+            return ArraySample(values, valid, spacing=spacing, maps=maps)
         parts = [self._read_one(paths, position, extent) for _, paths in dates]
+        valid = np.stack([valid for _, valid in parts], axis=1)
+        maps = self._labels(window.source, dates[0][1], position, extent, valid)
         return ArraySample(
             np.stack([values for values, _ in parts], axis=1),
-            np.stack([valid for _, valid in parts], axis=1),
+            valid,
             coords={"time": np.array([day for day, _ in dates], dtype=np.float32)},
             spacing=None if spacing is None else (1.0, *spacing),
+            maps={name: np.repeat(labels[None], len(dates), axis=0) for name, labels in maps.items()},
         )
 
     def files_of(self, source: str) -> Dates:
@@ -81,8 +89,52 @@ class RasterReader:
             raise ReadFailure(source, "read", "the index does not list the dates of this series.", "Tile again.")
         return ((None, (source,)),)
 
+    def check_maps(self, source: str) -> None:
+        """
+        Raises:
+            ReadFailure: about the source, if one of its label maps is missing or does not lie over it.
+        """
+        if self.options.maps:
+            self._maps.check(source, self._handles.get(self.files_of(source)[0][1]).grid)
+
+    def native_labels(self, name: str, source: str, start: tuple[int, int], extent: tuple[int, int]) -> np.ndarray:
+        """A label map on the source's own pixels, (y, x) int16, -1 where no band has data at any date.
+
+        Raises:
+            ReadFailure: if the map or the source cannot be read.
+        """
+        valid = np.zeros(extent, dtype=bool)
+        dates = self.files_of(source)
+        for _, paths in dates:
+            _, shown = self._handles.get(paths).read(self.bands, *start, *extent)
+            valid |= shown.any(0)
+        grid = self._handles.get(dates[0][1]).grid
+        labels = self._maps.read_one(name, source, grid, start, (1.0, 1.0), extent)
+        return np.where(valid, labels, np.int16(UNKNOWN))
+
+    def _labels(
+        self,
+        source: str,
+        paths: tuple[str, ...],
+        position: Sequence[float],
+        extent: Sequence[float],
+        valid: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """The label maps of a window, (y, x) int16, -1 where no band has data at any date.
+
+        Args:
+            valid: (C, time, y, x).
+        """
+        if not self.options.maps:
+            return {}
+        size, shown = valid.shape[2:], valid.any(axis=(0, 1))
+        step = [length / count for length, count in zip(extent, size, strict=True)]
+        found = self._maps.read(source, self._handles.get(paths).grid, position, step, size)
+        return {name: np.where(shown, labels, np.int16(UNKNOWN)) for name, labels in found.items()}
+
     def close(self) -> None:
         self._handles.close()
+        self._maps.close()
 
     def _read_one(
         self, paths: tuple[str, ...], position: tuple[float, ...], extent: tuple[float, ...]
