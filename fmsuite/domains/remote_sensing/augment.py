@@ -9,6 +9,7 @@ import numpy as np
 
 from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import Array, ArraySample, Sample
+from fmsuite.domains.remote_sensing.dates import some_dates
 from fmsuite.tiling.symmetry import turned
 
 GAIN = 0.1
@@ -34,15 +35,20 @@ class RasterAugmentation:
         kind: ``optical`` varies by factors, ``decibel`` by shifts.
         scale, offset: from stored to physical values.
         band_dropout: probability that a band is marked missing; one band always stays.
+        dates: how many of a series a varied view shows; all if not given.
     """
 
     kind: Literal["optical", "decibel"] = "optical"
     scale: float = 1.0
     offset: float = 0.0
     band_dropout: float = 0.0
+    dates: int | None = None
 
     def before_crop(self, sample: Sample, strength: str, generator: np.random.Generator) -> Sample:
-        return sample
+        if self.dates is None or strength == "none":
+            return sample
+        assert isinstance(sample, ArraySample)
+        return some_dates(sample, self.dates, generator)
 
     def after_crop(
         self, sample: ArraySample, strength: str, second: bool, generator: np.random.Generator

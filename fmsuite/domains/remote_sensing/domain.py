@@ -18,8 +18,7 @@ from fmsuite.domains.remote_sensing.indexing import find_rasters, index_raster, 
 from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
-from fmsuite.domains.remote_sensing.reader import RasterReader
-from fmsuite.domains.remote_sensing.stack import open_stack
+from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
 from fmsuite.errors import UsageError
 from fmsuite.tiling.preview import draw_windows, picture_path
 from fmsuite.tiling.table import windows_by_source
@@ -98,7 +97,10 @@ class RemoteSensingDomain(Domain):
         return reader_of(index, _options_of(index))
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
-        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.band_dropout)
+        options = self.options
+        return RasterAugmentation(
+            options.spectral.kind, spec.scale, spec.offset, options.band_dropout, options.dates_per_sample
+        )
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""
@@ -133,7 +135,7 @@ class RemoteSensingDomain(Domain):
     def _quicklook(self, index: SampleIndex, source: str) -> Overview:
         options, spec = _options_of(index), self.input_spec(index)
         flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
-        stack = open_stack(reader_of(index, options).files_of(source)[0][1], options)
+        stack = open_date(reader_of(index, options).files_of(source)[0][1], options)
         try:
             values = stack.overview(spec.channel_names, PREVIEW_SIZE)
             pitch = (stack.height / values.shape[1], stack.width / values.shape[2])

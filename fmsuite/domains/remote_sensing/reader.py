@@ -13,9 +13,11 @@ import numpy as np
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.remote_sensing.dates import carried
+from fmsuite.domains.remote_sensing.eopatch import EOPatch, PatchDate, is_patch, open_patch, patch_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.scenes import Dates
-from fmsuite.domains.remote_sensing.stack import Stack, close_stack, open_stack
+from fmsuite.domains.remote_sensing.stack import Stack, open_stack
 from fmsuite.errors import ReadFailure
 
 
@@ -43,7 +45,7 @@ class RasterReader:
     files: Mapping[str, Dates] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._handles: HandleCache[Stack] = HandleCache(partial(open_stack, options=self.options), close_stack, 16)
+        self._handles: HandleCache[Stack | EOPatch] = HandleCache(partial(_open, options=self.options), _close, 16)
 
     def read(self, window: Window) -> ArraySample:
         """
@@ -63,7 +65,7 @@ class RasterReader:
         return ArraySample(
             np.stack([values for values, _ in parts], axis=1),
             np.stack([valid for _, valid in parts], axis=1),
-            coords={"time": np.array([day for day, _ in dates], dtype=np.float32)},
+            coords={"time": carried([day or 0.0 for day, _ in dates])},
             spacing=None if spacing is None else (1.0, *spacing),
         )
 
@@ -85,15 +87,20 @@ class RasterReader:
     def _read_one(
         self, paths: tuple[str, ...], position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
+        opened, number = patch_of(paths)
         try:
-            return self._resampled(self._handles.get(paths), position, extent)
+            found = self._handles.get(opened)
+            if isinstance(found, EOPatch):
+                assert number is not None
+                return self._resampled(found.date(number), position, extent)
+            return self._resampled(found, position, extent)
         except ReadFailure:
             # A GDAL handle that has failed once may go on failing after the file is back.
-            self._handles.discard(paths)
+            self._handles.discard(opened)
             raise
 
     def _resampled(
-        self, stack: Stack, position: tuple[float, ...], extent: tuple[float, ...]
+        self, stack: Stack | PatchDate, position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         size = self.options.size
         if self.options.gsd is None:
@@ -124,3 +131,21 @@ class RasterReader:
         inside = (slice(None), *trims)
         kept = cut.valid[inside]
         return np.where(kept, cut.values[inside], 0).astype(self.dtype), kept.copy()
+
+
+def open_date(paths: tuple[str, ...], options: RemoteSensingOptions) -> Stack | PatchDate:
+    """The files of one date of one scene, or a date of a folder in eo-learn's layout.
+
+    Raises:
+        ReadFailure: as ``open_stack`` and ``open_patch``.
+    """
+    opened, number = patch_of(paths)
+    return open_stack(paths, options) if number is None else open_patch(opened[0], options).date(number)
+
+
+def _open(paths: tuple[str, ...], options: RemoteSensingOptions) -> Stack | EOPatch:
+    return open_patch(paths[0], options) if is_patch(paths[0]) else open_stack(paths, options)
+
+
+def _close(opened: Stack | EOPatch) -> None:
+    opened.close()
