@@ -18,7 +18,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, Embedder, embed, store_facts
-from fmsuite.core.encoders import Encoder, description, seeing_dates
+from fmsuite.core.encoders import Encoder, description
 from fmsuite.core.evaluation.results import EncoderFacts
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.inputs import InputSpec
@@ -76,15 +76,17 @@ def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool)
     Raises:
         UsageError: naming an encoder that the data do not fit.
     """
-    encoders = {name: seeing_dates(encoder, data) for name, encoder in encoders.items()}
+    fitted: dict[str, Encoder] = {}
     for name, encoder in encoders.items():
         try:
-            encoder.check_input(data_as_seen(data, encoder))
+            fitted[name] = encoder.fitted(data)
+            fitted[name].check_input(data_as_seen(data, fitted[name]))
         except UsageError as error:
             raise UsageError(
                 f"Encoder '{name}': {error.message}",
                 "Take the windows as it expects them (--recipe, or --set data.KEY=VALUE), or leave it out.",
             ) from error
+    encoders = fitted
     found = [Contender(name, "encoder", encoder) for name, encoder in encoders.items()]
     if not controls:
         return found

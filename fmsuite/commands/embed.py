@@ -140,7 +140,8 @@ def _embedder(what: str, data: InputSpec, channels: Sequence[str] | None, poolin
         if channels or pooling:
             raise UsageError("The histogram takes all channels and has no pooling.", "Leave these options out.")
         return Histogram(data)
-    model = seeing_dates(open_encoder(what, channels=channels, pooling=pooling), data)
+    model = open_encoder(what, channels=channels, pooling=pooling)
+    model = model.fitted(data) if channels is None else seeing_dates(model, data)
     model.check_input(data_as_seen(data, model))
     return model
 

@@ -153,6 +153,7 @@ class Results(Record):
         classes: names, in order of their codes: classes or findings; none for a number.
         items: every labelled one, in the order that supports and predictions refer to.
         split: one sentence on who was trained on and who was asked.
+        folds: of a cross-validation, in which every item was asked once; ``None`` for a single split.
         methods: method to one sentence on what it is (with its reference).
         primary: metric that answers the question.
         interval: one sentence on what the intervals are.
@@ -168,6 +169,7 @@ class Results(Record):
     classes: list[str]
     items: list[Item]
     split: str
+    folds: int | None = None
     encoders: list[EncoderFacts]
     methods: dict[str, str]
     primary: str = "balanced_accuracy"

@@ -72,18 +72,22 @@ class MaskDecoder(VisibleEncoder):
     place, go through self-attention blocks at a width of their own.
 
     Parameters ``decoder_embed mask_token decoder_blocks decoder_norm decoder_pred``, the names of the public MAE code.
-    Positions are fixed sine-cosine codes of the layout, zero for the class token. A subclass that predicts something
-    other than pixels says in ``outputs`` how many values each channel group's head has.
+    Positions are fixed sine-cosine codes of the layout, zero for the class token unless a subclass sets ``cls_code``. A
+    subclass that predicts something other than pixels says in ``outputs`` how many values each channel group's head
+    has.
 
     Raises:
         UsageError: as ``VisibleEncoder`` and ``check_decoder``.
     """
 
     config: DecoderConfig
+    cls_code: Tensor | None
+    """(decoder_width,) position code of the class token; ``None`` is zero."""
 
     def __init__(self, config: DecoderConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         check_decoder(self, config)
+        self.register_buffer("cls_code", None, persistent=False)
         width, heads = config.decoder_width, config.decoder_heads
         self.decoder_embed = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -148,7 +152,10 @@ class MaskDecoder(VisibleEncoder):
         tokens = tokens.scatter(1, ids[..., None].expand_as(shown), shown)
         tokens = tokens + self._positions(layout).to(tokens.dtype)
         if prefix:
-            tokens = torch.cat([embedded[:, :1], tokens], dim=1)
+            first = embedded[:, :1]
+            if self.cls_code is not None:
+                first = first + self.cls_code.to(first.dtype)
+            tokens = torch.cat([first, tokens], dim=1)
         return tokens, key_mask_of(layout.valid, prefix)
 
     def _positions(self, layout: TokenLayout) -> Tensor:

@@ -19,6 +19,7 @@ from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
 from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
+from fmsuite.domains.remote_sensing.scene import RasterScene, raster_scene
 from fmsuite.errors import UsageError
 from fmsuite.tiling.preview import draw_windows, picture_path
 from fmsuite.tiling.table import windows_by_source
@@ -95,6 +96,17 @@ class RemoteSensingDomain(Domain):
 
     def reader(self, index: SampleIndex) -> RasterReader:
         return reader_of(index, _options_of(index))
+
+    def scene(self, index: SampleIndex, source: str) -> RasterScene:
+        """All of a raster, at ``data.gsd`` if that is given; of a series, all dates.
+
+        Raises:
+            UsageError: if the source is not in the index.
+            ReadFailure: if it cannot be opened.
+        """
+        if source not in index.sources:
+            raise UsageError(f"{source}: not a source of this index.", "Give one that its column 'source' names.")
+        return raster_scene(self.reader(index), source)
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
         options = self.options

@@ -11,6 +11,7 @@ from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.remote_sensing.clouds import without_clouds
 from fmsuite.domains.remote_sensing.dates import read_dates
 from fmsuite.domains.remote_sensing.eopatch import is_patch, open_patch, patch_of, place_of
+from fmsuite.domains.remote_sensing.layout import plan_layouts
 from fmsuite.domains.remote_sensing.names import Name, read_names
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.probe import Probe, probe
@@ -39,7 +40,9 @@ def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: 
             named.append((file, name))
         else:
             skipped.add_failure(name)
-    labels = assign_labels(options, paths, [*files, *patches], skipped, {file.path: name.place for file, name in named})
+    asked = options if options.places is None else options.model_copy(update={"labels": "none"})
+    everything, places = [*files, *patches], {file.path: name.place for file, name in named}
+    labels = assign_labels(asked, paths, everything, skipped, places)
     together: dict[str, list[SourceFile]] = {}
     for file, name in named:
         together.setdefault(name.scene, []).append(file)
@@ -64,15 +67,24 @@ def index_raster(task: SourceTask, options: RemoteSensingOptions) -> SourceRows:
 
 
 def settle(found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped: SkippedLog) -> list[SourceTask]:
-    """A task for each scene or series; see ``scenes.settle_scenes``."""
+    """A task for each scene or series; see ``scenes.settle_scenes`` and ``layout.plan_layouts``."""
     tasks = {source.task.path: source.task for source in found}
     probes = [each for source in found for each in _probes(source.facts)]
     settled = []
-    for first, unit in settle_scenes(probes, options, skipped):
+    units = settle_scenes(probes, options, skipped)
+    known = {unit.source: tasks[_file_of(first.path)].known for first, unit in units}
+    plans = plan_layouts([unit for _, unit in units], known, options, skipped)
+    for first, scene in units:
+        if scene.source not in plans:
+            continue
+        unit = replace(scene, plan=plans[scene.source])
         others = tuple(path for _, paths in unit.dates for path in paths)[1:]
-        (file, *_), _ = patch_of((first.path,))
-        settled.append(SourceTask(first.path, first.place, tasks[file].known, others, asdict(unit)))
+        settled.append(SourceTask(first.path, first.place, known[scene.source], others, asdict(unit)))
     return settled
+
+
+def _file_of(path: str) -> str:
+    return patch_of((path,))[0][0]
 
 
 def _of_patch(file: SourceFile, options: RemoteSensingOptions) -> Name | ReadFailure:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.domains.remote_sensing.layout import layout_metadata
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.probe import frozen
 from fmsuite.domains.remote_sensing.reader import RasterReader
@@ -35,6 +36,7 @@ def describe(
             fact["dates"][0][1][0]: fact["dates"] for fact in facts if options.series or len(fact["dates"][0][1]) > 1
         },
     }
+    metadata |= layout_metadata(facts, options)
     metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
     return metadata
 

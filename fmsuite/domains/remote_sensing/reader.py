@@ -37,6 +37,7 @@ class RasterReader:
     """
 
     anywhere: ClassVar[bool] = True
+    piecewise: ClassVar[bool] = True
 
     options: RemoteSensingOptions
     bands: tuple[str, ...]
@@ -48,7 +49,8 @@ class RasterReader:
         self._handles: HandleCache[Stack | EOPatch] = HandleCache(partial(_open, options=self.options), _close, 16)
 
     def read(self, window: Window) -> ArraySample:
-        """
+        """A window of any extent, at any place; it has as many samples as fit its extent.
+
         Raises:
             ReadFailure: if a file of the window cannot be opened, lacks a band, or cannot be decoded there.
         """
@@ -102,16 +104,17 @@ class RasterReader:
     def _resampled(
         self, stack: Stack | PatchDate, position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        size = self.options.size
-        if self.options.gsd is None:
-            top, left = (round(value) for value in position)
-            values, valid = stack.read(self.bands, top, left, size, size)
+        gsd, metres = self.options.gsd, stack.metres
+        if gsd is None or metres is None:
+            (top, left), (height, width) = ([round(value) for value in pair] for pair in (position, extent))
+            values, valid = stack.read(self.bands, top, left, height, width)
             return values.astype(self.dtype, copy=False), valid
         # The filter's support is one output pixel where it shrinks and one raster pixel where it enlarges. Windows are
         # read with that margin and trimmed, so that neighbouring windows meet without a seam; at the raster's own edge
         # there is nothing to read, and the filter stops.
         cut_size, starts, ends, trims = [], [], [], []
-        for place, length, limit in zip(position, extent, (stack.height, stack.width), strict=True):
+        sizes = [max(1, round(length * side / gsd)) for length, side in zip(extent, metres, strict=True)]
+        for place, length, size, limit in zip(position, extent, sizes, (stack.height, stack.width), strict=True):
             step = length / size
             margin = math.ceil(max(1.0, 1 / step))
             before = margin if place - margin * step >= 0 else 0
