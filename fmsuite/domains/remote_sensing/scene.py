@@ -14,9 +14,9 @@ from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.domains.remote_sensing.cog import Ground, write_cog
 from fmsuite.domains.remote_sensing.map_writer import RasterWriter
-from fmsuite.domains.remote_sensing.raster import Raster, open_raster
 from fmsuite.domains.remote_sensing.reader import RasterReader
 from fmsuite.domains.remote_sensing.resampling import linear_back
+from fmsuite.domains.remote_sensing.stack import Stack, open_stack
 from fmsuite.errors import UsageError
 
 _WHOLE = 1e-6
@@ -25,20 +25,19 @@ _WHOLE = 1e-6
 def raster_scene(reader: RasterReader, source: str) -> RasterScene:
     """
     Raises:
-        ReadFailure: if the raster, or the first of a series, cannot be opened.
+        ReadFailure: if its files, or those of the first date of a series, cannot be opened.
     """
-    raster = open_raster(source, reader.options)
+    stack = open_stack(reader.files_of(source)[0][1], reader.options)
     try:
-        return RasterScene(source, reader, ground_of(raster), raster.metres, reader.options.gsd)
+        return RasterScene(source, reader, ground_of(stack), stack.metres, reader.options.gsd)
     finally:
-        raster.close()
+        stack.close()
 
 
-def ground_of(raster: Raster) -> Ground:
-    dataset = raster.dataset
-    points, crs = dataset.gcps
-    gcps = (points, crs) if points and dataset.transform.is_identity else None
-    return Ground((raster.height, raster.width), dataset.crs, dataset.transform, gcps)
+def ground_of(stack: Stack) -> Ground:
+    points, crs = stack.grid_of.dataset.gcps
+    gcps = (points, crs) if points and stack.transform.is_identity else None
+    return Ground((stack.height, stack.width), stack.crs, stack.transform, gcps)
 
 
 class RasterScene(Scene):
