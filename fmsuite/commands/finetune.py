@@ -30,7 +30,7 @@ from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
-from fmsuite.core.evaluation.results import RESULTS
+from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.lock import WriterLock
 from fmsuite.core.seeding import derive
 from fmsuite.core.training.precision import choose_device
@@ -175,7 +175,9 @@ def set_up(
     """
     opened = load_encoder(config.encoder)
     domain, index = index_of(config, opened, out, skipped, progress)
-    opened.check_input(domain.input_spec(index))
+    spec = domain.input_spec(index)
+    opened = opened.fitted(spec)
+    opened.check_input(spec)
     table = None if config.targets is None else Path(config.targets)
     data = collect(config, domain, index, skipped, table)
     return Setup(config, data, opened, out, skipped, progress, command, {}), index

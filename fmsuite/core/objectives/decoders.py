@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.layers import Block, key_mask_of, layer_norm
-from fmsuite.core.backbones.positions import sincos_positions
+from fmsuite.core.backbones.positions import TimeEncoding, as_dated, sincos_positions
 from fmsuite.core.data.sample import View
 from fmsuite.core.objectives.base import check_heads
 from fmsuite.core.objectives.group_heads import group_heads, groups_of, project
@@ -23,7 +23,8 @@ class DecoderConfig(MaskedViewConfig):
 
     Attributes:
         decoder_width, decoder_depth, decoder_heads: the decoder, which is thrown away after training.
-        decoder_position_units, decoder_position_scale, decoder_position_widths: as the model's options of these names.
+        decoder_position_units, decoder_position_scale, decoder_position_widths, decoder_time_encoding: as the model's
+            options of these names.
     """
 
     decoder_width: int = Field(default=512, ge=2)
@@ -32,6 +33,7 @@ class DecoderConfig(MaskedViewConfig):
     decoder_position_units: Literal["index", "physical"] = "index"
     decoder_position_scale: float = Field(default=1.0, gt=0)
     decoder_position_widths: dict[str, int] | None = None
+    decoder_time_encoding: TimeEncoding = "days"
 
 
 def check_decoder(objective: MaskedView, config: DecoderConfig) -> None:
@@ -42,7 +44,7 @@ def check_decoder(objective: MaskedView, config: DecoderConfig) -> None:
             where positions are physical.
     """
     check_heads(config, "decoder")
-    decoder_positions(objective.whole_layout(), config)
+    decoder_positions(as_dated(objective.whole_layout()), config)
 
 
 def decoder_positions(layout: TokenLayout, config: DecoderConfig) -> Tensor:
@@ -53,6 +55,7 @@ def decoder_positions(layout: TokenLayout, config: DecoderConfig) -> Tensor:
         physical=config.decoder_position_units == "physical",
         scale=config.decoder_position_scale,
         widths=config.decoder_position_widths,
+        time=config.decoder_time_encoding,
         options="objective.decoder_",
     )
 

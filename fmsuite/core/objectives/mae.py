@@ -142,7 +142,7 @@ class MAE(MaskDecoder):
         paper="He et al. 2021, arXiv:2111.06377; channel groups: Cong et al. 2022, arXiv:2207.08051",
         predicts="pixels of the masked patches, each normalised by its own statistics, from the visible ones",
         masks="75% at random; the encoder never sees them",
-        checked="public MAE code: loss, prediction, every gradient; public SatMAE code: the same in four modes",
+        checked="public MAE code: loss, prediction, every gradient; public SatMAE code, in four modes",
     )
     config: MAEConfig
 
