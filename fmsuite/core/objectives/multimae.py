@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.cross_attention import CrossAttention
 from fmsuite.core.backbones.layers import Block, Mlp, key_mask_of, layer_norm, mlp_hidden
+from fmsuite.core.backbones.positions import as_dated
 from fmsuite.core.data.sample import Batch, MaskSampler, View
 from fmsuite.core.distributed import mean_over
 from fmsuite.core.masking import DirichletMasking
@@ -152,7 +154,7 @@ class MultiMAE(VisibleEncoder):
     def __init__(self, config: MultiMAEConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         check_heads(config, "decoder")
-        decoder_positions(self._places(self.whole_layout()), config)
+        decoder_positions(self._places(as_dated(self.whole_layout())), config)
         values = self.grid.element_mask().sum(1).tolist()
         self.names = tuple(name for name, _ in backbone.spec.groups)
         self.decoders = nn.ModuleList(
@@ -171,7 +173,7 @@ class MultiMAE(VisibleEncoder):
             )
         pattern = pattern_for(self, config, self.size, one_group=True)
         shape = grid.shape(self.size)
-        whole = torch.ones(math.prod(shape[1:]), dtype=torch.bool).numpy()
+        whole = np.ones(math.prod(shape[1:]), dtype=bool)
         check_count(
             config.mask_ratio, len(grid.groups) * pattern.places(grid.token_axes[1:], shape[1:], whole), MASK_RATIO
         )
