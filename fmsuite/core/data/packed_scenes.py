@@ -29,6 +29,7 @@ from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.packed_files import AGAIN, INDEX, METADATA, PACKING, read_json, write_json, wrong_file
 from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.core.zarr_arrays import Damaged
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 
@@ -300,6 +301,9 @@ class PackedScene(Scene):
     def native_map(self, name: str) -> Array:
         return self._native.native_map(name)
 
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        return self._native.native_map_part(name, start, extent)
+
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         return self._native.scores_to_native(scores, outside)
 
@@ -314,6 +318,9 @@ class PackedScene(Scene):
 
     def write(self, values: Array, path: Path) -> Path:
         return self._native.write(values, path)
+
+    def writer(self, path: Path, what: MapKind) -> SceneWriter:
+        return self._native.writer(path, what)
 
 
 def open_scene(domain: Domain, index: SampleIndex, source: str) -> Scene:

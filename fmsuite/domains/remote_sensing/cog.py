@@ -5,15 +5,16 @@ from __future__ import annotations
 import colorsys
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from fmsuite.core.data.sample import Array
+from fmsuite.core.data.scene_maps import Kind, MapKind
 from fmsuite.errors import FmsuiteError
 
 SUFFIX = ".tif"
@@ -24,7 +25,8 @@ NO_COLOUR = 0
 """Of a picture."""
 CACHE = 64 << 20
 """Bytes that GDAL may keep of what it has read and is going to write."""
-Kind = Literal["classes", "scores", "picture"]
+_DTYPES: dict[Kind, str] = {"classes": "uint8", "scores": "float32", "picture": "uint8"}
+_NODATA: dict[Kind, float] = {"classes": NO_CLASS, "scores": float("nan"), "picture": NO_COLOUR}
 _OKABE_ITO = (
     (230, 159, 0),
     (86, 180, 233),
@@ -54,33 +56,10 @@ class Ground:
     gcps: tuple[Sequence[Any], Any] | None = None
 
 
-@dataclass(frozen=True)
-class MapKind:
-    """What a map holds, and so how it is stored.
-
-    Attributes:
-        kind: ``classes`` are uint8 with a colour table, ``NO_CLASS`` where there is no data; overviews take the most
-            frequent one. ``scores`` are float32, NaN where there is no data, and ``picture`` is uint8 red, green and
-            blue, ``NO_COLOUR`` where there is no data; overviews take the mean.
-        names: of the classes, from class 0 on, or of the bands.
-        tags: further metadata.
-    """
-
-    kind: Kind
-    names: Sequence[str] = ()
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def dtype(self) -> str:
-        return "float32" if self.kind == "scores" else "uint8"
-
-    @property
-    def nodata(self) -> float:
-        return {"classes": float(NO_CLASS), "scores": float("nan"), "picture": float(NO_COLOUR)}[self.kind]
-
-
 class CogFile:
-    """A map that grows box by box, each pixel written once; what is not written is nodata.
+    """A map that grows box by box, each pixel written once; what is not written is nodata: ``NO_CLASS`` in a map of
+    classes, which has a colour table and overviews of the most frequent class; NaN in one of scores, and ``NO_COLOUR``
+    in a picture, whose overviews are means.
 
     The boxes go to a plain tiled GeoTIFF beside the map, which is turned into the map at the end; until then the map's
     name does not exist (or is an earlier map's). Memory does not depend on the map's size.
@@ -111,8 +90,8 @@ class CogFile:
                     height=ground.shape[0],
                     width=ground.shape[1],
                     count=bands,
-                    dtype=what.dtype,
-                    nodata=what.nodata,
+                    dtype=_DTYPES[what.kind],
+                    nodata=_NODATA[what.kind],
                     crs=ground.crs,
                     transform=ground.transform,
                     tiled=True,
@@ -152,7 +131,7 @@ class CogFile:
         try:
             with rasterio.Env(GDAL_CACHEMAX=CACHE):
                 self._file.write(
-                    values.astype(self._what.dtype, copy=False),
+                    values.astype(_DTYPES[self._what.kind], copy=False),
                     window=Window(left, top, values.shape[2], values.shape[1]),
                 )
         except (rasterio.errors.RasterioError, OSError) as error:

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_gcps, from_origin
 
-from fmsuite.core.data.sample import ArraySample
-from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, MapKind, colour_table, write_cog
+from fmsuite.core.data.scene_maps import MapKind
+from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, colour_table, write_cog
 from fmsuite.domains.remote_sensing.resampling import linear_back, source_range
-from fmsuite.domains.remote_sensing.scene import RasterScene
 from fmsuite.errors import FmsuiteError, UsageError
 
 GRIDS = {
@@ -74,7 +73,7 @@ def test_a_scene_reads_what_windows_read(write_raster, make_index, noise):
     np.testing.assert_array_equal(sample.values, values[:, 2:42, 30:61])
     assert not sample.valid[:, :3].any()
     assert sample.valid[:, 3:].all()
-    with pytest.raises(ValueError, match="reaches|a box at"):
+    with pytest.raises(ValueError, match="a box at"):
         scene.read((11, 0), (40, 61))
     with pytest.raises(UsageError, match="not a source of this index"):
         domain.scene(index, "elsewhere.tif")
