@@ -97,7 +97,7 @@ class RemoteSensingDomain(Domain):
         return reader_of(index, _options_of(index))
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
-        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.band_dropout)
+        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.dropout(spec))
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from fmsuite.domains.base import DomainOptions
+from fmsuite.domains.remote_sensing.dropout import DropoutOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS, SENSORS, Sensor, find_sensor
 from fmsuite.errors import nearest
 from fmsuite.tiling.labels import LabelOptions
@@ -16,11 +17,11 @@ DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
 
-class RemoteSensingOptions(DomainOptions, LabelOptions):
+class RemoteSensingOptions(DomainOptions, DropoutOptions, LabelOptions):
     """How rasters become windows, and what is known about the rasters.
 
     The latter is in the options of ``LabelOptions``: a group is a scene, and a line of a labels file may also name a
-    place (see ``place_pattern`` and ``series``).
+    place (see ``place_pattern`` and ``series``). What is hidden in training is in those of ``DropoutOptions``.
 
     Attributes:
         sensor: one of ``SENSORS``; it names the bands and knows how stored values become physical ones.
@@ -44,7 +45,6 @@ class RemoteSensingOptions(DomainOptions, LabelOptions):
         series: files of one place become one time series, axes (time, y, x). Without a ``place_pattern`` the place
             is the file's path below the given folder, without the date, suffix and separators at its ends.
         date_pattern: regular expression with the groups ``year``, ``month`` and ``day``, for ``series``.
-        band_dropout: probability that the strong augmentation marks a band as missing.
     """
 
     sensor: str = "generic"
@@ -64,7 +64,6 @@ class RemoteSensingOptions(DomainOptions, LabelOptions):
     place_pattern: str | None = None
     series: bool = False
     date_pattern: str = DATE
-    band_dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("sensor")
     @classmethod
