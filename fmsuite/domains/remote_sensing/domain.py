@@ -90,7 +90,7 @@ class RemoteSensingDomain(Domain):
             offset=offset,
             clip=clip,
             spacing=spacing,
-            spacing_unit="px" if spacing is None else "m",
+            spacing_unit="m" if facts["spaced"] or spacing is not None else "px",
         )
 
     def reader(self, index: SampleIndex) -> RasterReader:

@@ -61,7 +61,7 @@ class Dropout:
         count = len(sample.values)
         valid = np.ones(sample.values.shape, dtype=bool) if sample.valid is None else sample.valid
         valid = np.broadcast_to(valid, sample.values.shape)
-        there: Array = valid.reshape(count, -1).any(axis=1)
+        there: Array = np.array([band.any() for band in valid])
         members = [list(group) for group in self.members] or [list(range(count))]
         dropped = np.zeros(count, dtype=bool)
         if self.groups:
