@@ -97,7 +97,7 @@ def test_classes(place: Path, tmp_path: Path, fmsuite):
 
 
 def test_an_encoder_is_given_windows_and_predicts_with_them(place: Path, tmp_path: Path, fmsuite):
-    options = {"name": "classification", "augment": "none", "attention": "rvsa", "rvsa_window": 3}
+    options = {"name": "classification", "augment": "none", "pooling": "mean", "attention": "rvsa", "rvsa_window": 3}
     results = finetune(write(place, "windows", task=options), tmp_path).results
     assert results is not None
     assert [run.arm for run in results.runs] == ["full", "scratch"]
