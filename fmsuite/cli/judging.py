@@ -184,6 +184,10 @@ def bench(
     shots: Shots = "1,2,4,8,16,32",
     episodes: Annotated[int, typer.Option(min=1, help="Draws of supports for each number of shots.")] = 200,
     seed: Seed = 0,
+    folds: Annotated[
+        str | None,
+        typer.Option(metavar="K|groups", help="Cross-validation by group: K folds, or `groups` leaves one group out."),
+    ] = None,
     controls: Annotated[
         bool,
         typer.Option("--controls/--no-controls", help="Also judge untrained networks, a histogram, shuffled labels."),
@@ -199,6 +203,7 @@ def bench(
     """Judge encoders on labelled windows, beside controls that they must beat."""
     from fmsuite.commands.bench import bench as run
     from fmsuite.commands.bench_targets import bench_targets, parse_fractions, parse_targets
+    from fmsuite.core.evaluation.folds import parse_folds
 
     targets = parse_targets(classify or [], regress or [], findings or [])
     shared: dict[str, Any] = {
@@ -206,6 +211,7 @@ def bench(
         "shots": numbers_of(shots, "--shots"),
         "episodes": episodes,
         "seed": seed,
+        "folds": None if folds is None else parse_folds(folds),
         "controls": controls,
         "recipe": recipe,
         "overrides": with_mpp(overrides, mpp, "data."),

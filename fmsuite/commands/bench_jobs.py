@@ -16,8 +16,10 @@ from fmsuite.core.evaluation.classifiers import find_classifier
 from fmsuite.core.evaluation.episodes import allowed_shots, draws
 from fmsuite.core.evaluation.fewshot import run
 from fmsuite.core.evaluation.findings import FINDINGS_TASKS, judge_findings
+from fmsuite.core.evaluation.folds import Folds
 from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS, judge_numbers
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation
+from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.evaluation.tiles import TASKS, judge
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.seeding import derive
@@ -53,8 +55,12 @@ def bags_of(windows: LabelledWindows, features: Tensor) -> Bags:
 def shots_of(windows: LabelledWindows, shots: Sequence[int]) -> tuple[list[int], list[str]]:
     """What the classes allow: known before anything is embedded."""
     bags = bags_of(windows, torch.zeros(len(windows), 1))
-    split = windows.split
-    return allowed_shots(bags, shots, split.train, split.test, names=windows.classes, unit=windows.unit)
+    return allowed_shots(bags, shots, *few_sides(windows.split), names=windows.classes, unit=windows.unit)
+
+
+def few_sides(split: Split | Folds) -> tuple[Tensor | None, Tensor | None]:
+    """Who few-shot draws may show and ask: beside folds, every draw asks the groups that gave it no example."""
+    return (None, None) if isinstance(split, Folds) else (split.train, split.test)
 
 
 def class_jobs(
@@ -93,12 +99,12 @@ def judged(
     episodes: int,
     seed: int,
     keep: bool,
-    shares: Mapping[float, Sequence[Tensor]] | None = None,
+    shares: Mapping[float, Sequence[Sequence[Split]]] | None = None,
 ) -> Iterator[Evaluation]:
     """
     Args:
         keep: predictions of few-shot draws.
-        shares: by share of the training groups, the items of each draw.
+        shares: by share of the training groups, for each draw the sides of each fold.
     """
     split, classes = windows.split, len(windows.classes)
     features, owner = torch.empty(0), None
@@ -107,7 +113,7 @@ def judged(
         if owner is not job.store:
             features, owner = windows.features(job.store), job.store
         rescale = job.contender.kind == "histogram" and job.method in LINEAR_TASKS
-        drawn = [split.train] if job.fraction is None or shares is None else shares[job.fraction]
+        drawn = [split.parts] if job.fraction is None or shares is None else shares[job.fraction]
         if isinstance(windows, TargetItems) and windows.kind != "classes":
             yield _judged_target(job, windows, features, drawn, seed, rescale)
             continue
@@ -128,7 +134,7 @@ def judged(
             )
             continue
         bags = bags_of(windows, features)
-        supports = draws(bags, job.shots, episodes, seed, split.train, split.test, names=windows.classes)
+        supports = draws(bags, job.shots, episodes, seed, *few_sides(split), names=windows.classes)
         own = derive(seed, "bootstrap")
         evaluation = run(
             bags,
@@ -147,7 +153,7 @@ def judged(
 
 
 def _judged_target(
-    job: Job, items: TargetItems, features: Tensor, shown: Sequence[Tensor], seed: int, rescale: bool
+    job: Job, items: TargetItems, features: Tensor, draws: Sequence[Sequence[Split]], seed: int, rescale: bool
 ) -> Evaluation:
     if items.kind == "number":
         return judge_numbers(
@@ -155,8 +161,7 @@ def _judged_target(
             features,
             items.labels,
             items.groups,
-            shown,
-            items.split.test,
+            draws,
             encoder=job.contender.name,
             seed=seed,
             fraction=job.fraction,
@@ -167,8 +172,7 @@ def _judged_target(
         items.labels,
         items.classes,
         items.groups,
-        shown,
-        items.split.test,
+        draws,
         encoder=job.contender.name,
         seed=seed,
         fraction=job.fraction,
@@ -179,8 +183,9 @@ def _judged_target(
 def mean_control(items: TargetItems, seed: int) -> Evaluation:
     """The mean of the training side as an answer for everyone."""
     nothing = torch.zeros(len(items), 1)
-    shown, asked = [items.split.train], items.split.test
-    return judge_numbers(CONSTANT, nothing, items.labels, items.groups, shown, asked, encoder=MEAN.name, seed=seed)
+    return judge_numbers(
+        CONSTANT, nothing, items.labels, items.groups, [items.split.parts], encoder=MEAN.name, seed=seed
+    )
 
 
 def title(method: str, kind: str = "classes") -> str:

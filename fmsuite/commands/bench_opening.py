@@ -14,12 +14,13 @@ from fmsuite.commands.bench_jobs import (
 )
 from fmsuite.commands.comparison import Start, open_out, short_names
 from fmsuite.commands.contenders import Contender, contenders, embed_all, has_features
-from fmsuite.commands.labelled_windows import asked_options, with_labels_file
+from fmsuite.commands.labelled_windows import LabelledWindows, asked_options, with_labels_file
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, parts_of
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
+from fmsuite.core.evaluation.folds import Asked, Folds, check_folds
 from fmsuite.core.evaluation.results import Evaluation
 from fmsuite.core.evaluation.statistics import MIN_GROUPS, describe
 from fmsuite.core.evaluation.tiles import SHUFFLED_INTERVAL
@@ -92,7 +93,10 @@ def check(
     shots: Sequence[int],
     episodes: int,
     batch_size: int | None,
+    folds: Asked | None,
 ) -> None:
+    if folds is not None:
+        check_folds(folds)
     if not encoders:
         raise UsageError("No encoder was named.", "Give at least one with --encoder: a run folder, a file, timm:NAME.")
     twice = next((what for number, what in enumerate(encoders) if what in encoders[:number]), None)
@@ -118,6 +122,21 @@ def intervals(evaluations: Sequence[Evaluation], kind: str = "classes") -> str:
             f"what other examples to train on would. None where fewer than {MIN_GROUPS} groups were asked."
         )
     return f"{describe()} {SHUFFLED_INTERVAL}" if any(e.shuffled for e in evaluations) else describe()
+
+
+def folds_of(windows: LabelledWindows) -> int | None:
+    """How many folds there are; ``None`` of a single split."""
+    return len(windows.split.parts) if isinstance(windows.split, Folds) else None
+
+
+def said_of_folds(windows: LabelledWindows) -> list[str]:
+    if not isinstance(windows.split, Folds):
+        return []
+    return [
+        "Folds: the answers of all folds are put together before they are scored. Metrics of scores (AUROC, average "
+        "precision) so compare what different classifiers said, which can lower them; few-shot draws know no folds: "
+        "each asks about the groups that gave it no example."
+    ]
 
 
 def _example_data(plugin: Domain) -> Path:

@@ -19,7 +19,8 @@ from fmsuite.commands.setup import UNTRAINED
 from fmsuite.core.backbones.timm_backbone import PREFIX
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import HUB, WEIGHTS
-from fmsuite.core.evaluation.results import RESULTS, Facts, Results
+from fmsuite.core.evaluation.result_files import RESULTS
+from fmsuite.core.evaluation.results import Facts, Results
 from fmsuite.core.reports.exhibits import Exhibits
 from fmsuite.core.store_root import read_facts
 from fmsuite.core.training.run_folder import RunFolder

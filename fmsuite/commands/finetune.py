@@ -30,7 +30,7 @@ from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
-from fmsuite.core.evaluation.results import RESULTS
+from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.lock import WriterLock
 from fmsuite.core.seeding import derive
 from fmsuite.core.training.precision import choose_device

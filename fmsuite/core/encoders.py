@@ -18,6 +18,7 @@ import fmsuite
 from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.backbones.datewise import TIME, Datewise, over_dates
 from fmsuite.core.backbones.swin_unetr import SwinUNETR, is_published, published
 from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal, to_timm
@@ -122,7 +123,8 @@ class Encoder(nn.Module):
         return view
 
     def fitted(self, data: InputSpec) -> Encoder:
-        """This encoder for the bands of some data, where it computes its embedding from wavelengths; otherwise itself.
+        """This encoder for the dates of some data (see ``seeing_dates``), and for their bands where it computes its
+        embedding from wavelengths; otherwise itself.
 
         A band is one of the encoder's if name and wavelength are, and then keeps its mean and standard deviation;
         those of other bands are the data's.
@@ -130,6 +132,9 @@ class Encoder(nn.Module):
         Raises:
             UsageError: for a channel without a wavelength that it was not trained on.
         """
+        return seeing_dates(self._with_bands(data), data)
+
+    def _with_bands(self, data: InputSpec) -> Encoder:
         if not _computes_embedding(self.backbone):
             return self
         mine = {(channel.name, channel.wavelength): channel for channel in self.spec.channels}
@@ -257,6 +262,17 @@ def select_channels(encoder: Encoder, channels: Sequence[str | Channel]) -> Enco
     return Encoder(backbone, new_spec, encoder.pooling, provenance)
 
 
+def seeing_dates(encoder: Encoder, data: InputSpec) -> Encoder:
+    """An encoder as it takes the data: one of single images, where these are series of such images, takes their dates
+    one by one (``Datewise``). Any other is returned as it is; what else differs ``Encoder.check_input`` tells."""
+    if encoder.spec.bag or data.bag or data.axes != (TIME, *encoder.spec.axes):
+        return encoder
+    spec = over_dates(encoder.spec, data.size[0])
+    backbone = Datewise(encoder.backbone, over_dates(encoder.backbone.spec, data.size[0]))
+    provenance = {**encoder.provenance, "dates_one_by_one": True}
+    return Encoder(backbone, spec, encoder.pooling, provenance)
+
+
 def _computes_embedding(backbone: Backbone) -> bool:
     return isinstance(backbone, VisionTransformer) and backbone.config.patch_embedding == "wavelength"
 
@@ -278,7 +294,7 @@ def _on_other_bands(encoder: Encoder, channels: Sequence[str | Channel]) -> Enco
 def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, Any]:
     """What decides the embeddings beside the weights, as JSON values. Options at their defaults are left out, so that
     an option that a later version adds changes no identity."""
-    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR):
+    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR | Datewise):
         raise UsageError(f"A {type(backbone).__name__} cannot be saved as an encoder.")
     model = backbone.config.model_copy(update={"weights": None, "input_size": None})
     return {
@@ -374,8 +390,9 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
             "arguments": {"num_classes": 0, "in_chans": spec.in_chans},
             **_timm_data(spec),
         }
-    elif isinstance(backbone, SwinUNETR):
-        raise UsageError(f"{path}: timm has no Swin UNETR.", "Use layout native.")
+    elif isinstance(backbone, SwinUNETR | Datewise):
+        what = "Swin UNETR" if isinstance(backbone, SwinUNETR) else "axis of time"
+        raise UsageError(f"{path}: timm has no {what}.", "Use layout native.")
     else:
         assert isinstance(backbone, VisionTransformer)
         form = to_timm(backbone, encoder.pooling)

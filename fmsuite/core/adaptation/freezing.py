@@ -21,7 +21,7 @@ gains and biases of normalisations (Frankle et al. 2021); ``biases``: every bias
 (BitFit, Ben Zaken et al. 2022); ``added``: low-rank and bottleneck adapters.
 """
 
-_ATTENTION = re.compile(r"(^|\.)attn\.|^(model\.)?pos_embed$|^rel_pos_bias\.")
+_ATTENTION = re.compile(r"(^|\.)attn\.|^(single\.)?(model\.)?pos_embed$|^(single\.)?rel_pos_bias\.")
 _WINDOWS = re.compile(r"\.attn\.((offsets|scales|angles)\.(weight|bias)|rel_pos_[hw])$")
 """What ``RotatedWindowAttention`` adds to attention."""
 _ADDED = re.compile(r"\.(lora_down|lora_up)$|\.adapter\.(down|up)\.(weight|bias)$")

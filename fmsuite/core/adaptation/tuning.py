@@ -12,6 +12,7 @@ from fmsuite.core.adaptation.freezing import Part, train_only
 from fmsuite.core.adaptation.lora import insert_lora
 from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.datewise import Datewise
 from fmsuite.core.backbones.rvsa import Outside
 from fmsuite.core.backbones.swin_unetr import SwinUNETR
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
@@ -131,7 +132,7 @@ def from_scratch(backbone: Backbone) -> Backbone:
     Raises:
         UsageError: for a backbone of a kind that cannot be made again from its options.
     """
-    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR):
+    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR | Datewise):
         raise UsageError(
             f"A {type(backbone).__name__} cannot be made again without its weights.", "Leave the control out."
         )

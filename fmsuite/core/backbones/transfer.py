@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.datewise import Datewise
 from fmsuite.core.backbones.layers import mlp_hidden
 from fmsuite.core.backbones.positions import resample_table
 from fmsuite.core.backbones.relative_bias import resample_offsets
@@ -36,6 +37,8 @@ def transfer(source: Backbone, target: Backbone, origin: str) -> None:
     Raises:
         UsageError: naming what does not fit.
     """
+    if isinstance(source, Datewise):
+        source = source.single
     if isinstance(target, TimmBackbone):
         if not isinstance(source, TimmBackbone) or source.config.name != target.config.name:
             raise UsageError(f"{origin}: cannot start '{target.config.name}'.", "Name weights of the same model.")

@@ -19,6 +19,7 @@ from fmsuite.core.backbones.patch_embed import BagEmbed, PatchEmbed
 from fmsuite.core.backbones.positions import (
     Rotary,
     axis_widths,
+    check_calendar,
     check_regular,
     resample_table,
     rotary,
@@ -402,7 +403,9 @@ class VisionTransformer(Backbone):
     def _check_positions(self, head_dim: int) -> None:
         axes = self.spec.axes if self.grid is None else self.grid.token_axes
         if self.config.positions == "sincos":
-            axis_widths(axes, self.width, self.config.position_widths)
+            shares = axis_widths(axes, self.width, self.config.position_widths)
+            if self.config.time_encoding == "calendar":
+                check_calendar(shares)
         if self.config.rotary:
             rotary_angles(TokenLayout(axes, torch.zeros(1, len(axes))), head_dim, self.config.rope_theta)
 
@@ -415,6 +418,7 @@ class VisionTransformer(Backbone):
                 physical=self.config.position_units == "physical",
                 scale=self.config.position_scale,
                 widths=self.config.position_widths,
+                time=self.config.time_encoding,
             )
             return code.to(self.norm.weight.dtype), None
         if self.pos_embed is None or self.grid is None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fmsuite.core.evaluation.results import RESULTS, Estimate, Facts, Record
-from fmsuite.errors import FmsuiteError, UsageError
+from fmsuite.core.evaluation.result_files import RESULTS, as_csv, write_results
+from fmsuite.core.evaluation.results import Estimate, Facts, Record
+from fmsuite.errors import UsageError
 
 KIND: Literal["finetune"] = "finetune"
 TABLE = "cases.csv"
@@ -202,29 +200,12 @@ class FinetuneResults(Record):
         Raises:
             FmsuiteError: if a file cannot be written.
         """
-        folder = Path(folder)
         texts = {
-            TABLE: _as_csv(self.case_rows()),
-            CELLS: _as_csv(self.cell_rows()),
+            TABLE: as_csv(self.case_rows()),
+            CELLS: as_csv(self.cell_rows()),
             RESULTS: json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
         }
-        partials = {name: folder / f".{name}.partial" for name in texts}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, partial in partials.items():
-                partial.write_text(texts[name], encoding="utf-8", newline="")
-            (folder / RESULTS).unlink(missing_ok=True)
-            for name, partial in partials.items():
-                os.replace(partial, folder / name)
-        except OSError as error:
-            raise FmsuiteError(
-                f"{folder}: the results cannot be written ({error.strerror or error}).",
-                "Check the folder's permissions and the space left.",
-            ) from error
-        finally:
-            for partial in partials.values():
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+        write_results(Path(folder), texts)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> FinetuneResults:
@@ -280,9 +261,3 @@ class FinetuneResults(Record):
                     numbers += [None if less is None else getattr(less, part) for part in parts]
                     rows.append((cell.arm, cell.fraction, cell.cases, metric, label, *numbers))
         return rows
-
-
-def _as_csv(rows: list[Sequence[Any]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue()

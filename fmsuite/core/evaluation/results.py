@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fmsuite.errors import FmsuiteError, UsageError
+from fmsuite.core.evaluation.result_files import RESULTS, as_csv, write_results
+from fmsuite.errors import UsageError
 
-RESULTS = "results.json"
 PREDICTIONS = "predictions.json"
 TABLE = "results.csv"
 EPISODES = "episodes.csv"
@@ -156,6 +153,7 @@ class Results(Record):
         classes: names, in order of their codes: classes or findings; none for a number.
         items: every labelled one, in the order that supports and predictions refer to.
         split: one sentence on who was trained on and who was asked.
+        folds: of a cross-validation, in which every item was asked once; ``None`` for a single split.
         methods: method to one sentence on what it is (with its reference).
         primary: metric that answers the question.
         interval: one sentence on what the intervals are.
@@ -171,6 +169,7 @@ class Results(Record):
     classes: list[str]
     items: list[Item]
     split: str
+    folds: int | None = None
     encoders: list[EncoderFacts]
     methods: dict[str, str]
     primary: str = "balanced_accuracy"
@@ -183,13 +182,11 @@ class Results(Record):
         """Write ``results.json`` (all but the predictions), ``predictions.json``, ``results.csv`` (a line for each
         metric of each evaluation) and ``episodes.csv`` (a line for each episode).
 
-        Earlier results stay as they are until all of this is on the disk. While files are being exchanged there is no
-        ``results.json``, so that whoever is killed then leaves no results rather than parts of two.
+        Earlier results stay as they are until all of this is on the disk (see ``write_results``).
 
         Raises:
             FmsuiteError: if a file cannot be written.
         """
-        folder = Path(folder)
         everything = self.model_dump(mode="json")
         predictions, said = [], self._said(self.target)
         for evaluation in everything["evaluations"]:
@@ -197,27 +194,11 @@ class Results(Record):
         metrics, episodes = self._rows()
         texts = {
             PREDICTIONS: json.dumps(predictions, separators=(",", ":")),
-            TABLE: _as_csv(metrics),
-            EPISODES: _as_csv(episodes),
+            TABLE: as_csv(metrics),
+            EPISODES: as_csv(episodes),
             RESULTS: json.dumps(everything, indent=1, ensure_ascii=False) + "\n",
         }
-        partials = {name: folder / f".{name}.partial" for name in texts}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, partial in partials.items():
-                partial.write_text(texts[name], encoding="utf-8", newline="")
-            (folder / RESULTS).unlink(missing_ok=True)
-            for name, partial in partials.items():
-                os.replace(partial, folder / name)
-        except OSError as error:
-            raise FmsuiteError(
-                f"{folder}: the results cannot be written ({error.strerror or error}).",
-                "Check the folder's permissions and the space left.",
-            ) from error
-        finally:
-            for partial in partials.values():
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+        write_results(Path(folder), texts)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Results:
@@ -277,9 +258,3 @@ class Results(Record):
                 where = (e.encoder, e.method, shots, share, e.shuffled, number, episode.seed)
                 episodes.append((*where, *(episode.metrics.get(name, "") for name in names), support))
         return metrics, episodes
-
-
-def _as_csv(rows: list[Sequence[Any]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue()

@@ -104,7 +104,7 @@ def answer(results: Results) -> Answer:
     next_best = _rival(results, best, others, shots, None)
 
     reached = (
-        f"a {metric_name(metric)} of {estimated(estimate)} {supervision(best.shots, results.unit)} "
+        f"a {metric_name(metric)} of {estimated(estimate)} {supervision(best.shots, results.unit, results.folds)} "
         f"({method_name(best.method)})"
     )
     if metric_name(metric)[0] in "aeiouAR":

@@ -63,6 +63,7 @@ class ComparisonSection:
     kind: str
     answer: Answer
     split: str
+    sideless: str
     unit: str
     interval: str
     scale: str
@@ -107,6 +108,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         kind=results.kind,
         answer=said,
         split=results.split,
+        sideless="drawn" if results.folds is None else "asked once",
         unit=results.unit,
         interval=results.interval,
         scale=scale_note(results),
@@ -120,7 +122,9 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         curves=[*_curves(results, marks, keys), *share_figures(results, marks, keys)],
         shuffled_curves=any(e.shuffled and e.shots is not None for e in results.evaluations),
         matrices=[matrix(e, results.classes) for e in same if e.confusion],
-        matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit)}" if best else "",
+        matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit, results.folds)}"
+        if best
+        else "",
         hard=hardest(results, best) if best is not None else [],
         judged=judged(results),
         encoders=[encoder_line(encoder) for encoder in results.encoders],

@@ -10,7 +10,8 @@ import yaml
 
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
 from fmsuite.core.data.skipped import Skipped
-from fmsuite.core.evaluation.results import RESULTS, Results
+from fmsuite.core.evaluation.result_files import RESULTS
+from fmsuite.core.evaluation.results import Results
 from fmsuite.core.reports.exhibits import EXHIBITS, Exhibits
 from fmsuite.core.reports.exhibits import FORMAT as EXHIBITS_FORMAT
 from fmsuite.core.reports.files import json_object, skipped_lines

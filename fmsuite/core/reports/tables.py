@@ -12,6 +12,7 @@ from fmsuite.core.reports.wording import (
     chance_level,
     controlled,
     decimal,
+    everything,
     interval,
     listed,
     method_name,
@@ -83,10 +84,10 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
     tables = []
     if whole:
         columns: list[Column] = [(method_name(m), m, None, None, results.primary) for m in whole]
-        tables.append(_table(results, f"{metric}, whole training side", "encoder", columns, marks))
+        tables.append(_table(results, f"{metric}, {everything(results.folds)}", "encoder", columns, marks))
         for other in BESIDE.get(results.primary, ()):
             columns = [(method_name(m), m, None, None, other) for m in whole]
-            caption = f"{metric_name(other)}, whole training side"
+            caption = f"{metric_name(other)}, {everything(results.folds)}"
             tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
         tables += _finding_tables(results, whole, marks)
     for method in methods:
@@ -116,7 +117,8 @@ def _finding_tables(results: Results, methods: Sequence[str], marks: dict[str, i
             if any(f"{metric}/{name}" in e.metrics for e in results.evaluations)
         ]
         if columns:
-            caption = f"{FINDING_METRICS[metric]} of each finding, {method_name(methods[0])}, whole training side"
+            said = f"{method_name(methods[0])}, {everything(results.folds)}"
+            caption = f"{FINDING_METRICS[metric]} of each finding, {said}"
             tables.append(_table(results, caption, "encoder", columns, marks))
     return tables
 

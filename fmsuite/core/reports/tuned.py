@@ -11,7 +11,7 @@ from pathlib import Path
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.core.evaluation.cases import FinetuneResults, Panel, TunedRun
-from fmsuite.core.evaluation.results import RESULTS
+from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.reports.case_slices import CaseSlices
 from fmsuite.core.reports.files import json_object, skipped_lines
 from fmsuite.errors import UsageError

@@ -10,17 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmsuite.core.inputs import Quantification
+from fmsuite.domains.remote_sensing.layers import Layer
+from fmsuite.domains.remote_sensing.names import band_of, layer_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.errors import ReadFailure
 
 if TYPE_CHECKING:
+    from affine import Affine
     from rasterio.io import DatasetReader
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
 
 _STACK_HINT = (
-    "Stack single-band files with `gdalbuildvrt -separate`, name the bands with data.file_bands, or set data.sensor."
+    "Name the bands with data.file_bands, or set data.sensor; of files of one band each, say with data.band_pattern "
 )
+_STACK_HINT += "where their names tell the band."
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,17 @@ class Raster:
     """An open raster and what was understood of it.
 
     Attributes:
-        bands: band name to its 1-based number in the file.
+        bands: name of each channel to its 1-based number in the file.
         named: whether the file itself says what its bands are (so that names can be compared between files).
         dtype: of the stored values.
         tagged: (scale, offset) of each band in ``bands``, where any differs from (1, 0); otherwise ``None``.
         metres: true size of a pixel on the ground along (y, x); ``None`` without a known place on Earth.
+        layer: number of its layer in the options' ``layout``.
+        quantifications: of each band in ``bands``.
+        own: its layer.
+        nodata: by band number, what the file or the options declare.
+        masked: by band number, how the file marks pixels beside nodata values: not at all (0), with one mask for all
+            bands (its number, below zero), or with the band's own (its number).
     """
 
     dataset: DatasetReader
@@ -42,6 +53,11 @@ class Raster:
     dtype: str
     tagged: dict[str, tuple[float, float]] | None
     metres: tuple[float, float] | None
+    layer: int
+    own: Layer
+    quantifications: dict[str, Quantification]
+    nodata: dict[int, tuple[float, ...]]
+    masked: dict[int, int]
 
     @property
     def height(self) -> int:
@@ -53,15 +69,24 @@ class Raster:
 
     @property
     def grid(self) -> tuple[Any, ...]:
-        """Equal for rasters whose pixels coincide."""
-        transform = tuple(round(value, 9) for value in self.dataset.transform[:6])
-        return (self.height, self.width, str(self.dataset.crs), transform)
+        """(height, width, CRS, transform), for ``grids.pixel_ratio``."""
+        return (self.height, self.width, str(self.dataset.crs), tuple(self.dataset.transform[:6]))
+
+    @property
+    def crs(self) -> Any:
+        """rasterio's CRS, or ``None``."""
+        return self.dataset.crs
+
+    @property
+    def transform(self) -> Affine:
+        """From (column, row) to map coordinates."""
+        return self.dataset.transform
 
     def close(self) -> None:
         self.dataset.close()
 
     def read(
-        self, bands: tuple[str, ...], top: int, left: int, height: int, width: int, options: RemoteSensingOptions
+        self, bands: tuple[str, ...], top: int, left: int, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """A box of pixels; the part outside the raster is invalid.
 
@@ -81,7 +106,7 @@ class Raster:
         columns = max(min(left + width, self.width) - first_column, 0)
         if not rows or not columns:
             return np.zeros((len(bands), height, width), dtype=self.dtype), np.zeros((len(bands), height, width), bool)
-        inner, inner_valid = self._decode(bands, (first_row, first_column, rows, columns), (rows, columns), options)
+        inner, inner_valid = self._decode(bands, (first_row, first_column, rows, columns), (rows, columns))
         if (rows, columns) == (height, width):
             return inner, inner_valid
         place = np.s_[:, first_row - top : first_row - top + rows, first_column - left : first_column - left + columns]
@@ -91,37 +116,32 @@ class Raster:
         valid[place] = inner_valid
         return values, valid
 
-    def overview(self, bands: tuple[str, ...], longest: int, options: RemoteSensingOptions) -> np.ndarray:
-        """(C, h, w): the whole raster, reduced until its longer side measures at most ``longest``; 0 where invalid.
+    def reduced(self, bands: tuple[str, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The whole raster taken to ``shape``: values (C, *shape), 0 where invalid, and valid.
 
         Raises:
             ReadFailure: as ``read``.
         """
-        factor = max(1.0, max(self.height, self.width) / longest)
-        shape = (max(1, round(self.height / factor)), max(1, round(self.width / factor)))
-        return self._decode(bands, (0, 0, self.height, self.width), shape, options)[0]
+        return self._decode(bands, (0, 0, self.height, self.width), shape)
 
     def _decode(
         self,
         bands: tuple[str, ...],
         box: tuple[int, int, int, int],
         shape: tuple[int, int],
-        options: RemoteSensingOptions,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values and validity of a box (row, column, rows, columns) inside the raster, taken to ``shape`` by nearest
         neighbour."""
-        from rasterio.enums import MaskFlags
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
         numbers = [self.bands[name] for name in bands]
         window = Window(box[1], box[0], box[3], box[2])
+        masks: dict[int, np.ndarray] = {}
         try:
             values = self.dataset.read(numbers, window=window, out_shape=(len(numbers), *shape))
-            valid = np.ones(values.shape, dtype=bool)
-            for place, number in enumerate(numbers):
-                if MaskFlags.all_valid not in self.dataset.mask_flag_enums[number - 1]:
-                    valid[place] = self.dataset.read_masks(number, window=window, out_shape=shape) > 0
+            for mask in {self.masked[number] for number in numbers} - {0}:
+                masks[mask] = self.dataset.read_masks(abs(mask), window=window, out_shape=shape) > 0
         except (RasterioError, OSError, ValueError) as error:
             raise ReadFailure(
                 self.path,
@@ -129,28 +149,39 @@ class Raster:
                 f"pixels at row {box[0]}, column {box[1]} cannot be decoded ({reason_of(error)}).",
                 "The file is damaged: fetch it again.",
             ) from error
+        floating = values.dtype.kind == "f"
+        valid = np.isfinite(values) if floating else np.ones(values.shape, dtype=bool)
         for place, number in enumerate(numbers):
-            for nodata in (self.dataset.nodatavals[number - 1], options.nodata):
-                if nodata is not None and not math.isnan(nodata):
-                    valid[place] &= values[place] != nodata
-        if np.issubdtype(values.dtype, np.floating):
-            valid &= np.isfinite(values)
-        values, valid = self._physical(values, valid, bands, options)
-        values[~valid] = 0
+            if self.masked[number]:
+                valid[place] &= masks[self.masked[number]]
+            for nodata in self.nodata[number]:
+                if not math.isnan(nodata) and (floating or _holds(values.dtype, nodata)):
+                    valid[place] &= values[place] != values.dtype.type(nodata)
+        values, valid = self._physical(values, valid, bands)
+        if not valid.all():
+            values[~valid] = 0
         return values, valid
 
-    def _physical(
-        self, values: np.ndarray, valid: np.ndarray, bands: tuple[str, ...], options: RemoteSensingOptions
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _physical(self, values: np.ndarray, valid: np.ndarray, bands: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         if self.tagged is not None:
-            scale, offset, _ = options.quantification
-            gain = np.array([self.tagged[name][0] for name in bands])[:, None, None]
-            shift = np.array([self.tagged[name][1] for name in bands])[:, None, None]
+            gain, shift, offset, scale = (
+                np.array(column)[:, None, None]
+                for column in zip(
+                    *((*self.tagged[b], self.quantifications[b].offset, self.quantifications[b].scale) for b in bands),
+                    strict=True,
+                )
+            )
             values = ((np.where(valid, values, 0) * gain + shift - offset) / scale).astype(np.float32)
-        if options.spectral.linear:
+        if self.own.spectral.linear:
             valid = valid & (values > 0)
             values = (10 * np.log10(np.where(valid, values, 1), dtype=np.float64)).astype(np.float32)
         return values, valid
+
+
+def _holds(dtype: np.dtype, value: float) -> bool:
+    """Whether an integer type has the value."""
+    limits = np.iinfo(dtype)
+    return value == int(value) and limits.min <= value <= limits.max
 
 
 def open_raster(path: str, options: RemoteSensingOptions) -> Raster:
@@ -203,9 +234,13 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
     types = {dataset.dtypes[n - 1] for n in numbers}
     if any(name.startswith("complex") for name in types):
         raise ReadFailure(path, "metadata", "its values are complex numbers.", "Detect the amplitude first.")
-    names, named = _band_names(dataset, path, numbers, options)
-    bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
+    layer, _ = layer_of(path, options)
+    own = options.layout[layer]
+    names, named = _band_names(dataset, path, numbers, layer, options)
+    own_bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
+    bands = {options.channel_name(layer, name): number for name, number in own_bands.items()}
     tags = {name: (float(dataset.scales[n - 1]), float(dataset.offsets[n - 1])) for name, n in bands.items()}
+    declared = [dataset.nodatavals[n - 1] for n in numbers]
     return Raster(
         dataset,
         path,
@@ -214,26 +249,52 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
         str(np.result_type(*(np.dtype(name) for name in types))),
         tags if any(tag != (1.0, 0.0) for tag in tags.values()) else None,
         metres_per_pixel(dataset.crs, dataset.transform, dataset.height, dataset.width),
+        layer,
+        own,
+        {options.channel_name(layer, name): own.quantification_of(name) for name in own_bands},
+        {
+            n: tuple(float(value) for value in (nodata, own.nodata) if value is not None)
+            for n, nodata in zip(numbers, declared, strict=True)
+        },
+        {n: _mask(dataset.mask_flag_enums[n - 1], n) for n in numbers},
     )
 
 
+def _mask(flags: list[Any], number: int) -> int:
+    from rasterio.enums import MaskFlags
+
+    if MaskFlags.all_valid in flags or flags == [MaskFlags.nodata]:
+        return 0
+    # One mask, whichever band it is asked of.
+    return -1 if MaskFlags.per_dataset in flags else number
+
+
 def _band_names(
-    dataset: DatasetReader, path: str, numbers: list[int], options: RemoteSensingOptions
+    dataset: DatasetReader, path: str, numbers: list[int], layer: int, options: RemoteSensingOptions
 ) -> tuple[list[str | None], bool]:
     """A name for each band (``None`` for one that the sensor does not know), and whether the file gave them."""
     from rasterio.enums import ColorInterp
 
-    sensor = options.spectral
+    own = options.layout[layer]
+    sensor = own.spectral
     described = [(dataset.descriptions[n - 1] or "").strip() for n in numbers]
-    if options.file_bands is not None:
-        if len(options.file_bands) != len(numbers):
+    if own.band_pattern is not None or (len(numbers) == 1 and not described[0]):
+        held = band_of(path, layer, options)
+        if held is not None:
+            if len(numbers) > 1:
+                raise ReadFailure(
+                    path, "metadata", f"its name says that it is the band {held[0]}, and it has {len(numbers)} bands."
+                )
+            return [held[0]], True
+    if own.file_bands is not None:
+        if len(own.file_bands) != len(numbers):
             raise ReadFailure(
                 path,
                 "metadata",
-                f"it has {len(numbers)} bands and data.file_bands names {len(options.file_bands)}.",
+                f"it has {len(numbers)} bands and data.file_bands names {len(own.file_bands)}.",
                 "Index files of one kind at a time.",
             )
-        return list(options.file_bands), True
+        return list(own.file_bands), True
     colours = [dataset.colorinterp[n - 1] for n in numbers]
     if not any(described) and {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(colours):
         known = {ColorInterp.red: "red", ColorInterp.green: "green", ColorInterp.blue: "blue"}
@@ -310,7 +371,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
         north = ellipsoid.semi_major_metre * (1 - squared) / bend**1.5 * unit
         east = ellipsoid.semi_major_metre / math.sqrt(bend) * math.cos(latitude) * unit
     elif system.is_projected:
-        north = east = unit / math.sqrt(_area_inflation(system, x, y))
+        north = east = unit / math.sqrt(area_inflation(system, x, y))
     else:
         return None
     along_x = math.hypot(transform.a * east, transform.d * north)
@@ -320,7 +381,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     return along_y, along_x
 
 
-def _area_inflation(system: Any, x: float, y: float) -> float:
+def area_inflation(system: Any, x: float, y: float) -> float:
     """Areal scale of a projection at a point; 1 where it is within 1 % or cannot be told."""
     import pyproj
     from pyproj.exceptions import ProjError

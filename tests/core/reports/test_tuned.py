@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fmsuite.core.evaluation.cases import OVERALL, FinetuneResults
-from fmsuite.core.evaluation.results import RESULTS, Estimate
+from fmsuite.core.evaluation.result_files import RESULTS
+from fmsuite.core.evaluation.results import Estimate
 from fmsuite.core.reports.page import render
 from fmsuite.core.reports.sources import read_sources
 from fmsuite.core.reports.strips import Strip, strips, swarm
