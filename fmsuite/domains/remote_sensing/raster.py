@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from affine import Affine
     from rasterio.io import DatasetReader
 
-_SHARED = 2**22
-"""Bytes at most of an array that is shared."""
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
 
 
@@ -103,7 +100,7 @@ class Raster:
 
         Returns:
             values (C, height, width), native dtype unless tags or decibels make it float32, 0 where invalid; and
-            valid, bool, of the same shape, which may not be writable.
+            valid, bool, of the same shape.
 
         Raises:
             ReadFailure: if the pixels cannot be decoded.
@@ -167,7 +164,7 @@ class Raster:
     def _told(self, values: np.ndarray, numbers: list[int], masks: dict[int, np.ndarray]) -> np.ndarray:
         """Where values are finite and neither masks nor nodata values say that they are none."""
         floating = values.dtype.kind == "f"
-        valid = np.isfinite(values) if floating else everywhere(values.shape)
+        valid = np.isfinite(values) if floating else np.ones(values.shape, dtype=bool)
         marks = [(self.masked[number], self.nodata[number]) for number in numbers]
         for mark in set(marks):
             # Bands that are marked alike, as most are, are compared at once.
@@ -179,9 +176,8 @@ class Raster:
                     told.append(some != values.dtype.type(nodata))
             for each in told:
                 if len(places) == len(marks):
-                    valid = valid & each
+                    valid &= each
                 else:
-                    valid = valid if valid.flags.writeable else valid.copy()
                     valid[places] &= each
         return valid
 
@@ -210,19 +206,6 @@ class Raster:
             valid = valid & (values > 0)
             values = (10 * np.log10(np.where(valid, values, 1), dtype=np.float64)).astype(np.float32)
         return values, valid
-
-
-def everywhere(shape: tuple[int, ...]) -> np.ndarray:
-    """(*shape) True, which cannot be written to: one array for all windows of a size. Most have no invalid pixel, and
-    new memory that says so costs a fifth of what it costs to read one that GDAL has decoded already."""
-    return _everywhere(shape) if math.prod(shape) <= _SHARED else np.ones(shape, dtype=bool)
-
-
-@lru_cache(maxsize=8)
-def _everywhere(shape: tuple[int, ...]) -> np.ndarray:
-    valid = np.ones(shape, dtype=bool)
-    valid.setflags(write=False)
-    return valid
 
 
 def _holds(dtype: np.dtype, value: float) -> bool:
