@@ -32,6 +32,8 @@ LINEAR_TASKS = ("linear_torch", "linear_sklearn", "linear")
 """Tasks whose answer depends on the scale of the features."""
 FEW_LABELS = ("linear_sklearn", "linear", "ridge")
 """Tasks that are also given shares of the training groups: 20 neighbours of few would be all of them."""
+MOST_CLASSES = 50
+"""Of so many, each has figures of its own."""
 MEAN = EncoderFacts(name="mean of the training side", kind="constant", identity="mean", dim=0)
 
 
@@ -46,6 +48,11 @@ class Job:
     shots: int | None = None
     shuffled: bool = False
     fraction: float | None = None
+
+    @property
+    def alone(self) -> bool:
+        """By all labels as they are: such a job's classes are looked at one by one."""
+        return self.shots is None and self.fraction is None and not self.shuffled
 
 
 def bags_of(windows: LabelledWindows, features: Tensor) -> Bags:
@@ -143,6 +150,7 @@ def judged(
                 rescale=rescale,
                 share=job.fraction,
                 shown=drawn,
+                names=windows.classes if job.alone and classes <= MOST_CLASSES else (),
             )
             continue
         bags = bags_of(windows, features)

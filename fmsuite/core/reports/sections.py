@@ -34,6 +34,7 @@ from fmsuite.core.reports.tables import (
     Judged,
     Matrix,
     ScoreTable,
+    class_table,
     encoder_line,
     full_table,
     hardest,
@@ -69,6 +70,7 @@ class ComparisonSection:
     interval: str
     scale: str
     tables: list[ScoreTable]
+    by_class: ScoreTable | None
     full: FullTable
     metrics: list[tuple[str, str]]
     curves: list[Figure]
@@ -117,6 +119,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         interval=results.interval,
         scale=scale_note(results),
         tables=score_tables(results, marks),
+        by_class=class_table(results, best) if best is not None else None,
         full=full_table(results),
         metrics=[
             (metric_name(name), described[name])
