@@ -332,7 +332,9 @@ def report(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="recipes, objectives, models, domains, methods or tasks.")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="recipes, objectives, models, domains, sensors, methods or tasks.")],
+) -> None:
     """Show what there is to choose from."""
     from fmsuite.commands.catalogue import catalogue
 

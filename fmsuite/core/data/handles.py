@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Handle = TypeVar("Handle")
 
@@ -18,21 +18,21 @@ class HandleCache(Generic[Handle]):
     and can be discarded after an error, since some libraries' handles stay dead once they have failed.
 
     Args:
-        opener: opens a path; module-level, so that the cache can be pickled.
+        opener: opens a path, or several that are one thing; module-level, so that the cache can be pickled.
         closer: closes a handle.
         limit: how many are open at most.
     """
 
-    def __init__(self, opener: Callable[[str], Handle], closer: Callable[[Handle], object], limit: int = 8) -> None:
+    def __init__(self, opener: Callable[[Any], Handle], closer: Callable[[Handle], object], limit: int = 8) -> None:
         if limit < 1:
             raise ValueError(f"a cache of {limit} open files")
         self.opener = opener
         self.closer = closer
         self.limit = limit
-        self._open: OrderedDict[str, Handle] = OrderedDict()
+        self._open: OrderedDict[Hashable, Handle] = OrderedDict()
         self._pid = os.getpid()
 
-    def get(self, path: str) -> Handle:
+    def get(self, path: Hashable) -> Handle:
         """The open handle, opened if need be. Whatever the opener raises passes through."""
         if self._pid != os.getpid():
             self._open = OrderedDict()
@@ -47,7 +47,7 @@ class HandleCache(Generic[Handle]):
         self._open[path] = self.opener(path)
         return self._open[path]
 
-    def discard(self, path: str) -> None:
+    def discard(self, path: Hashable) -> None:
         """Close one file; the next ``get`` opens it again."""
         if self._pid == os.getpid() and path in self._open:
             self.closer(self._open.pop(path))

@@ -14,11 +14,14 @@ from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
-from fmsuite.domains.remote_sensing.indexing import describe, find_rasters, index_raster, reader_of, settle
+from fmsuite.domains.remote_sensing.indexing import find_rasters, index_raster, settle
+from fmsuite.domains.remote_sensing.maps import MapOptions
+from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
-from fmsuite.domains.remote_sensing.raster import open_raster
 from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.scene import RasterScene, raster_scene
+from fmsuite.domains.remote_sensing.stack import open_stack
 from fmsuite.errors import UsageError
 from fmsuite.tiling.preview import draw_windows, picture_path
 from fmsuite.tiling.table import windows_by_source
@@ -36,6 +39,7 @@ class RemoteSensingDomain(Domain):
     Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
     default_recipe: ClassVar[str] = "remote-sensing-mae"
     units: ClassVar[Units] = Units(source="raster", group="scene")
+    truth_options: ClassVar[frozenset[str]] = frozenset(MapOptions.model_fields)
 
     options: RemoteSensingOptions
 
@@ -63,18 +67,18 @@ class RemoteSensingDomain(Domain):
         if not len(index):
             raise UsageError("The index has no windows.", "See skipped.csv for what was wrong with each file.")
         facts = index.metadata
-        scale, offset, clip = options.quantification
-        groups = {band: group for group, members in options.band_groups.items() for band in members}
-        known = {band.name: band for band in options.spectral.bands}
+        found = [options.quantification_of_channel(name) for name in facts["bands"]]
+        usual = found[0]
         channels = tuple(
             Channel(
                 name=name,
-                wavelength=known[name].wavelength if name in known else None,
-                group=groups.get(name),
+                wavelength=options.wavelength_of(name),
+                group=options.group_of(name),
                 mean=mean,
                 std=std,
+                quantification=None if own == usual else own,
             )
-            for name, (mean, std) in zip(facts["bands"], facts["statistics"], strict=True)
+            for name, own, (mean, std) in zip(facts["bands"], found, facts["statistics"], strict=True)
         )
         axes: tuple[str, ...] = ("y", "x")
         size: tuple[int, ...] = (options.size, options.size)
@@ -86,9 +90,9 @@ class RemoteSensingDomain(Domain):
             axes=axes,
             size=size,
             channels=channels,
-            scale=scale,
-            offset=offset,
-            clip=clip,
+            scale=usual.scale,
+            offset=usual.offset,
+            clip=usual.clip,
             spacing=spacing,
             spacing_unit="px" if spacing is None else "m",
         )
@@ -96,8 +100,21 @@ class RemoteSensingDomain(Domain):
     def reader(self, index: SampleIndex) -> RasterReader:
         return reader_of(index, _options_of(index))
 
+    def scene(self, index: SampleIndex, source: str) -> RasterScene:
+        """All of a raster, at ``data.gsd`` if that is given; of a series, all dates.
+
+        Raises:
+            UsageError: if the source is not in the index.
+            ReadFailure: if it cannot be opened.
+        """
+        if source not in index.sources:
+            raise UsageError(f"{source}: not a source of this index.", "Give one that its column 'source' names.")
+        return raster_scene(self.reader(index), source)
+
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
-        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.band_dropout)
+        kinds = tuple(self.options.kind_of(name) for name in spec.channel_names)
+        scales, offsets = zip(*((q.scale, q.offset) for q in spec.quantifications), strict=True)
+        return RasterAugmentation(kinds, scales, offsets, self.options.band_dropout)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""
@@ -132,12 +149,12 @@ class RemoteSensingDomain(Domain):
     def _quicklook(self, index: SampleIndex, source: str) -> Overview:
         options, spec = _options_of(index), self.input_spec(index)
         flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
-        raster = open_raster(source, options)
+        stack = open_stack(reader_of(index, options).files_of(source)[0][1], options)
         try:
-            values = raster.overview(spec.channel_names, PREVIEW_SIZE, options)
-            pitch = (raster.height / values.shape[1], raster.width / values.shape[2])
+            values = stack.overview(spec.channel_names, PREVIEW_SIZE)
+            pitch = (stack.height / values.shape[1], stack.width / values.shape[2])
         finally:
-            raster.close()
+            stack.close()
         return Overview(draw(values, flat, options.nodata), (0.0, 0.0), pitch)
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmsuite.core.inputs import Quantification
+from fmsuite.domains.remote_sensing.band_names import band_names, colour_names
+from fmsuite.domains.remote_sensing.layers import Layer
+from fmsuite.domains.remote_sensing.metres import metres_per_pixel
+from fmsuite.domains.remote_sensing.names import layer_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.sensors import Kind
 from fmsuite.errors import ReadFailure
 
 if TYPE_CHECKING:
+    from affine import Affine
     from rasterio.io import DatasetReader
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
-
-_STACK_HINT = (
-    "Stack single-band files with `gdalbuildvrt -separate`, name the bands with data.file_bands, or set data.sensor."
-)
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,18 @@ class Raster:
     """An open raster and what was understood of it.
 
     Attributes:
-        bands: band name to its 1-based number in the file.
+        bands: name of each channel to its 1-based number in the file.
         named: whether the file itself says what its bands are (so that names can be compared between files).
         dtype: of the stored values.
         tagged: (scale, offset) of each band in ``bands``, where any differs from (1, 0); otherwise ``None``.
         metres: true size of a pixel on the ground along (y, x); ``None`` without a known place on Earth.
+        layer: number of its layer in the options' ``layout``.
+        quantifications: of each band in ``bands``.
+        own: its layer.
+        nodata: by band number, what the file or the options declare.
+        masked: by band number, how the file marks pixels beside nodata values: not at all (0), with one mask for all
+            bands (its number, below zero), or with the band's own (its number).
+        palette: (N, 4) colours; ``bands`` are then red, green and blue of the entries that one band of the file has.
     """
 
     dataset: DatasetReader
@@ -42,6 +51,17 @@ class Raster:
     dtype: str
     tagged: dict[str, tuple[float, float]] | None
     metres: tuple[float, float] | None
+    layer: int
+    own: Layer
+    quantifications: dict[str, Quantification]
+    nodata: dict[int, tuple[float, ...]]
+    masked: dict[int, int]
+    palette: np.ndarray | None = None
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What may vary in each band's values."""
+        return {name: self.own.spectral.kind_of(name.rpartition(":")[2]) for name in self.bands}
 
     @property
     def height(self) -> int:
@@ -53,15 +73,24 @@ class Raster:
 
     @property
     def grid(self) -> tuple[Any, ...]:
-        """Equal for rasters whose pixels coincide."""
-        transform = tuple(round(value, 9) for value in self.dataset.transform[:6])
-        return (self.height, self.width, str(self.dataset.crs), transform)
+        """(height, width, CRS, transform), for ``grids.pixel_ratio``."""
+        return (self.height, self.width, str(self.dataset.crs), tuple(self.dataset.transform[:6]))
+
+    @property
+    def crs(self) -> Any:
+        """rasterio's CRS, or ``None``."""
+        return self.dataset.crs
+
+    @property
+    def transform(self) -> Affine:
+        """From (column, row) to map coordinates."""
+        return self.dataset.transform
 
     def close(self) -> None:
         self.dataset.close()
 
     def read(
-        self, bands: tuple[str, ...], top: int, left: int, height: int, width: int, options: RemoteSensingOptions
+        self, bands: tuple[str, ...], top: int, left: int, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """A box of pixels; the part outside the raster is invalid.
 
@@ -81,7 +110,7 @@ class Raster:
         columns = max(min(left + width, self.width) - first_column, 0)
         if not rows or not columns:
             return np.zeros((len(bands), height, width), dtype=self.dtype), np.zeros((len(bands), height, width), bool)
-        inner, inner_valid = self._decode(bands, (first_row, first_column, rows, columns), (rows, columns), options)
+        inner, inner_valid = self._decode(bands, (first_row, first_column, rows, columns), (rows, columns))
         if (rows, columns) == (height, width):
             return inner, inner_valid
         place = np.s_[:, first_row - top : first_row - top + rows, first_column - left : first_column - left + columns]
@@ -91,37 +120,32 @@ class Raster:
         valid[place] = inner_valid
         return values, valid
 
-    def overview(self, bands: tuple[str, ...], longest: int, options: RemoteSensingOptions) -> np.ndarray:
-        """(C, h, w): the whole raster, reduced until its longer side measures at most ``longest``; 0 where invalid.
+    def reduced(self, bands: tuple[str, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The whole raster taken to ``shape``: values (C, *shape), 0 where invalid, and valid.
 
         Raises:
             ReadFailure: as ``read``.
         """
-        factor = max(1.0, max(self.height, self.width) / longest)
-        shape = (max(1, round(self.height / factor)), max(1, round(self.width / factor)))
-        return self._decode(bands, (0, 0, self.height, self.width), shape, options)[0]
+        return self._decode(bands, (0, 0, self.height, self.width), shape)
 
     def _decode(
         self,
         bands: tuple[str, ...],
         box: tuple[int, int, int, int],
         shape: tuple[int, int],
-        options: RemoteSensingOptions,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values and validity of a box (row, column, rows, columns) inside the raster, taken to ``shape`` by nearest
         neighbour."""
-        from rasterio.enums import MaskFlags
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
-        numbers = [self.bands[name] for name in bands]
+        numbers = [self.bands[name] for name in bands] if self.palette is None else [next(iter(self.bands.values()))]
         window = Window(box[1], box[0], box[3], box[2])
+        masks: dict[int, np.ndarray] = {}
         try:
             values = self.dataset.read(numbers, window=window, out_shape=(len(numbers), *shape))
-            valid = np.ones(values.shape, dtype=bool)
-            for place, number in enumerate(numbers):
-                if MaskFlags.all_valid not in self.dataset.mask_flag_enums[number - 1]:
-                    valid[place] = self.dataset.read_masks(number, window=window, out_shape=shape) > 0
+            for mask in {self.masked[number] for number in numbers} - {0}:
+                masks[mask] = self.dataset.read_masks(abs(mask), window=window, out_shape=shape) > 0
         except (RasterioError, OSError, ValueError) as error:
             raise ReadFailure(
                 self.path,
@@ -129,28 +153,52 @@ class Raster:
                 f"pixels at row {box[0]}, column {box[1]} cannot be decoded ({reason_of(error)}).",
                 "The file is damaged: fetch it again.",
             ) from error
+        floating = values.dtype.kind == "f"
+        valid = np.isfinite(values) if floating else np.ones(values.shape, dtype=bool)
         for place, number in enumerate(numbers):
-            for nodata in (self.dataset.nodatavals[number - 1], options.nodata):
-                if nodata is not None and not math.isnan(nodata):
-                    valid[place] &= values[place] != nodata
-        if np.issubdtype(values.dtype, np.floating):
-            valid &= np.isfinite(values)
-        values, valid = self._physical(values, valid, bands, options)
-        values[~valid] = 0
+            if self.masked[number]:
+                valid[place] &= masks[self.masked[number]]
+            for nodata in self.nodata[number]:
+                if not math.isnan(nodata) and (floating or _holds(values.dtype, nodata)):
+                    valid[place] &= values[place] != values.dtype.type(nodata)
+        if self.palette is not None:
+            values, valid = self._coloured(values[0], valid[0], bands)
+        values, valid = self._physical(values, valid, bands)
+        if not valid.all():
+            values[~valid] = 0
         return values, valid
 
-    def _physical(
-        self, values: np.ndarray, valid: np.ndarray, bands: tuple[str, ...], options: RemoteSensingOptions
+    def _coloured(
+        self, entries: np.ndarray, valid: np.ndarray, bands: tuple[str, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
+        assert self.palette is not None
+        known = (entries >= 0) & (entries < len(self.palette))
+        colours = self.palette[np.where(known, entries, 0)]
+        valid = valid & known & (colours[..., 3] > 0)
+        order = list(self.bands)
+        values = colours[..., [order.index(name) for name in bands]].transpose(2, 0, 1)
+        return np.ascontiguousarray(values), np.broadcast_to(valid, values.shape).copy()
+
+    def _physical(self, values: np.ndarray, valid: np.ndarray, bands: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         if self.tagged is not None:
-            scale, offset, _ = options.quantification
-            gain = np.array([self.tagged[name][0] for name in bands])[:, None, None]
-            shift = np.array([self.tagged[name][1] for name in bands])[:, None, None]
+            gain, shift, offset, scale = (
+                np.array(column)[:, None, None]
+                for column in zip(
+                    *((*self.tagged[b], self.quantifications[b].offset, self.quantifications[b].scale) for b in bands),
+                    strict=True,
+                )
+            )
             values = ((np.where(valid, values, 0) * gain + shift - offset) / scale).astype(np.float32)
-        if options.spectral.linear:
+        if self.own.spectral.linear:
             valid = valid & (values > 0)
             values = (10 * np.log10(np.where(valid, values, 1), dtype=np.float64)).astype(np.float32)
         return values, valid
+
+
+def _holds(dtype: np.dtype, value: float) -> bool:
+    """Whether an integer type has the value."""
+    limits = np.iinfo(dtype)
+    return value == int(value) and limits.min <= value <= limits.max
 
 
 def open_raster(path: str, options: RemoteSensingOptions) -> Raster:
@@ -190,12 +238,13 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
     from rasterio.enums import ColorInterp
 
     interpretation = dataset.colorinterp
-    if ColorInterp.palette in interpretation:
+    tabled = ColorInterp.palette in interpretation
+    if tabled and options.palette is None:
         raise ReadFailure(
             path,
             "metadata",
             "its values are entries of a colour table, not measurements.",
-            "Expand it with `gdal_translate -expand rgb`, or leave it out.",
+            "Read the colours with data.palette=rgb, the entries with data.palette=index, or leave it out.",
         )
     numbers = [n for n in range(1, dataset.count + 1) if interpretation[n - 1] != ColorInterp.alpha]
     if not numbers:
@@ -203,9 +252,18 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
     types = {dataset.dtypes[n - 1] for n in numbers}
     if any(name.startswith("complex") for name in types):
         raise ReadFailure(path, "metadata", "its values are complex numbers.", "Detect the amplitude first.")
-    names, named = _band_names(dataset, path, numbers, options)
-    bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
+    layer, _ = layer_of(path, options)
+    own = options.layout[layer]
+    palette = None
+    if tabled and options.palette == "rgb":
+        own_bands, named = dict.fromkeys(colour_names(path, layer, options), numbers[0]), True
+        palette, types = _colour_table(dataset, numbers[0]), {"uint8"}
+    else:
+        names, named = band_names(dataset, path, numbers, layer, options)
+        own_bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
+    bands = {options.channel_name(layer, name): number for name, number in own_bands.items()}
     tags = {name: (float(dataset.scales[n - 1]), float(dataset.offsets[n - 1])) for name, n in bands.items()}
+    declared = [dataset.nodatavals[n - 1] for n in numbers]
     return Raster(
         dataset,
         path,
@@ -214,121 +272,31 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
         str(np.result_type(*(np.dtype(name) for name in types))),
         tags if any(tag != (1.0, 0.0) for tag in tags.values()) else None,
         metres_per_pixel(dataset.crs, dataset.transform, dataset.height, dataset.width),
+        layer,
+        own,
+        {options.channel_name(layer, name): own.quantification_of(name) for name in own_bands},
+        {
+            n: tuple(float(value) for value in (nodata, own.nodata) if value is not None)
+            for n, nodata in zip(numbers, declared, strict=True)
+        },
+        {n: _mask(dataset.mask_flag_enums[n - 1], n) for n in numbers},
+        palette,
     )
 
 
-def _band_names(
-    dataset: DatasetReader, path: str, numbers: list[int], options: RemoteSensingOptions
-) -> tuple[list[str | None], bool]:
-    """A name for each band (``None`` for one that the sensor does not know), and whether the file gave them."""
-    from rasterio.enums import ColorInterp
-
-    sensor = options.spectral
-    described = [(dataset.descriptions[n - 1] or "").strip() for n in numbers]
-    if options.file_bands is not None:
-        if len(options.file_bands) != len(numbers):
-            raise ReadFailure(
-                path,
-                "metadata",
-                f"it has {len(numbers)} bands and data.file_bands names {len(options.file_bands)}.",
-                "Index files of one kind at a time.",
-            )
-        return list(options.file_bands), True
-    colours = [dataset.colorinterp[n - 1] for n in numbers]
-    if not any(described) and {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(colours):
-        known = {ColorInterp.red: "red", ColorInterp.green: "green", ColorInterp.blue: "blue"}
-        described = [known.get(colour, f"band{n}") for colour, n in zip(colours, numbers, strict=True)]
-        if sensor.layouts and len(numbers) in {len(layout) for layout in sensor.layouts}:
-            described = [""] * len(numbers)
-    if not sensor.bands:
-        if all(described) and len(set(described)) == len(described):
-            return list(described), True
-        return [f"band{n}" for n in numbers], False
-    if any(described):
-        names = [sensor.recognise(text) if text else None for text in described]
-        twice = [name for name, count in Counter(n for n in names if n).items() if count > 1]
-        if twice:
-            raise ReadFailure(
-                path, "metadata", f"two of its bands call themselves {twice[0]}.", "Name them with data.file_bands."
-            )
-        if any(names):
-            return list(names), True
-        raise ReadFailure(
-            path,
-            "metadata",
-            f"its bands ({', '.join(text or '?' for text in described)}) are none of {sensor.name}'s.",
-            _STACK_HINT,
-        )
-    for layout in sensor.layouts:
-        if len(layout) == len(numbers):
-            return list(layout), True
-    expected = " or ".join(str(len(layout)) for layout in sensor.layouts)
-    raise ReadFailure(
-        path,
-        "metadata",
-        f"it has {len(numbers)} undescribed band{'s' * (len(numbers) > 1)}; {sensor.name} has {expected}.",
-        _STACK_HINT,
-    )
+def _colour_table(dataset: DatasetReader, number: int) -> np.ndarray:
+    """(N, 4) uint8: red, green, blue and alpha of each entry."""
+    table = dataset.colormap(number)
+    colours = np.zeros((max(table) + 1, 4), dtype=np.uint8)
+    for entry, colour in table.items():
+        colours[entry] = colour
+    return colours
 
 
-def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple[float, float] | None:
-    """The size of the raster's middle pixel on the ground along (y, x), in metres.
+def _mask(flags: list[Any], number: int) -> int:
+    from rasterio.enums import MaskFlags
 
-    Geographic coordinates are converted with the radii of curvature of the CRS's own ellipsoid at that latitude:
-    north-south by the meridian's ``M = a (1 - e^2) / (1 - e^2 sin^2 phi)^(3/2)``, east-west by the parallel's
-    ``N cos phi = a cos phi / (1 - e^2 sin^2 phi)^(1/2)`` (Snyder 1987, "Map Projections: A Working Manual", equations
-    4-18 to 4-21). Projected coordinates count at their nominal size, as a grid's users do, unless the projection
-    inflates areas by more than 1 % there (Web Mercator away from the equator); both sides then shrink by the root of
-    that factor.
-
-    Args:
-        crs: rasterio's CRS, or ``None``.
-        transform: pixel to CRS coordinates, possibly rotated.
-
-    Returns:
-        ``None`` if there is no CRS, no transform, or one without metres (a local engineering system).
-    """
-    if crs is None or transform.is_identity:
-        return None
-    import pyproj
-    from pyproj.exceptions import ProjError
-
-    try:
-        system = pyproj.CRS.from_wkt(crs.to_wkt())
-        ellipsoid = system.ellipsoid
-        unit = system.axis_info[0].unit_conversion_factor if system.axis_info else 1.0
-    except ProjError:
-        return None
-    x = transform.a * width / 2 + transform.b * height / 2 + transform.c
-    y = transform.d * width / 2 + transform.e * height / 2 + transform.f
-    if system.is_geographic:
-        if ellipsoid is None:
-            return None
-        squared = 1 - (ellipsoid.semi_minor_metre / ellipsoid.semi_major_metre) ** 2
-        latitude = y * unit
-        bend = 1 - squared * math.sin(latitude) ** 2
-        north = ellipsoid.semi_major_metre * (1 - squared) / bend**1.5 * unit
-        east = ellipsoid.semi_major_metre / math.sqrt(bend) * math.cos(latitude) * unit
-    elif system.is_projected:
-        north = east = unit / math.sqrt(_area_inflation(system, x, y))
-    else:
-        return None
-    along_x = math.hypot(transform.a * east, transform.d * north)
-    along_y = math.hypot(transform.b * east, transform.e * north)
-    if not (math.isfinite(along_x) and math.isfinite(along_y) and along_x > 0 and along_y > 0):
-        return None
-    return along_y, along_x
-
-
-def _area_inflation(system: Any, x: float, y: float) -> float:
-    """Areal scale of a projection at a point; 1 where it is within 1 % or cannot be told."""
-    import pyproj
-    from pyproj.exceptions import ProjError
-
-    try:
-        projection = pyproj.Proj(system)
-        longitude, latitude = projection(x, y, inverse=True)
-        factor = float(projection.get_factors(longitude, latitude).areal_scale)
-    except ProjError:
-        return 1.0
-    return factor if math.isfinite(factor) and factor > 0 and abs(factor - 1) > 0.01 else 1.0
+    if MaskFlags.all_valid in flags or flags == [MaskFlags.nodata]:
+        return 0
+    # One mask, whichever band it is asked of.
+    return -1 if MaskFlags.per_dataset in flags else number

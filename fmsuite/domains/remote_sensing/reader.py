@@ -13,12 +13,11 @@ import numpy as np
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.remote_sensing.map_files import UNKNOWN, MapReader
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
-from fmsuite.domains.remote_sensing.raster import Raster, close_raster, open_raster
+from fmsuite.domains.remote_sensing.scenes import Dates
+from fmsuite.domains.remote_sensing.stack import Stack, close_stack, open_stack
 from fmsuite.errors import ReadFailure
-
-Dates = Sequence[tuple[str, float]]
-"""The files of a time series in order, each with its day counted from 2000-01-01."""
 
 
 @dataclass
@@ -33,22 +32,25 @@ class RasterReader:
         bands: to read, in this order.
         dtype: of the values.
         spaced: report each sample's spacing in metres; only where every source of the index has one.
-        series: source to its dates; empty for single dates.
+        files: of each source that is more than its one file, the dates.
     """
 
     anywhere: ClassVar[bool] = True
+    piecewise: ClassVar[bool] = True
 
     options: RemoteSensingOptions
     bands: tuple[str, ...]
     dtype: str
     spaced: bool = True
-    series: Mapping[str, Dates] = field(default_factory=dict)
+    files: Mapping[str, Dates] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._handles: HandleCache[Raster] = HandleCache(partial(open_raster, options=self.options), close_raster, 16)
+        self._handles: HandleCache[Stack] = HandleCache(partial(open_stack, options=self.options), close_stack, 16)
+        self._maps = MapReader(self.options)
 
     def read(self, window: Window) -> ArraySample:
-        """
+        """A window of any extent, at any place; it has as many samples as fit its extent.
+
         Raises:
             ReadFailure: if a file of the window cannot be opened, lacks a band, or cannot be decoded there.
         """
@@ -57,50 +59,105 @@ class RasterReader:
         if self.spaced and window.spacing:
             gsd = self.options.gsd
             spacing = window.spacing[-2:] if gsd is None else (gsd, gsd)
+        dates = self.files_of(window.source)
         if not self.options.series:
-            values, valid = self._read_one(window.source, position, extent)
-            return ArraySample(values, valid, spacing=spacing)
-        dates = self.series.get(window.source)
-        if dates is None:
-            raise ReadFailure(window.source, "read", "the index does not list the dates of this series.", "Tile again.")
-        parts = [self._read_one(path, position, extent) for path, _ in dates]
+            values, valid = self._read_one(dates[0][1], position, extent)
+            maps = self._labels(window.source, dates[0][1], position, extent, valid[:, None])
+            return ArraySample(values, valid, spacing=spacing, maps=maps)
+        parts = [self._read_one(paths, position, extent) for _, paths in dates]
+        valid = np.stack([valid for _, valid in parts], axis=1)
+        maps = self._labels(window.source, dates[0][1], position, extent, valid)
         return ArraySample(
             np.stack([values for values, _ in parts], axis=1),
-            np.stack([valid for _, valid in parts], axis=1),
-            coords={"time": np.array([day for _, day in dates], dtype=np.float32)},
+            valid,
+            coords={"time": np.array([day for day, _ in dates], dtype=np.float32)},
             spacing=None if spacing is None else (1.0, *spacing),
+            maps={name: np.repeat(labels[None], len(dates), axis=0) for name, labels in maps.items()},
         )
+
+    def files_of(self, source: str) -> Dates:
+        """The dates of a source, each with its day (``None`` outside of series) and files.
+
+        Raises:
+            ReadFailure: if it is a series that the index does not know.
+        """
+        if source in self.files:
+            return self.files[source]
+        if self.options.series:
+            raise ReadFailure(source, "read", "the index does not list the dates of this series.", "Tile again.")
+        return ((None, (source,)),)
+
+    def check_maps(self, source: str) -> None:
+        """
+        Raises:
+            ReadFailure: about the source, if one of its label maps is missing or does not lie over it.
+        """
+        if self.options.maps:
+            self._maps.check(source, self._handles.get(self.files_of(source)[0][1]).grid)
+
+    def native_labels(self, name: str, source: str, start: tuple[int, int], extent: tuple[int, int]) -> np.ndarray:
+        """A label map on the source's own pixels, (y, x) int16, -1 where no band has data at any date.
+
+        Raises:
+            ReadFailure: if the map or the source cannot be read.
+        """
+        valid = np.zeros(extent, dtype=bool)
+        dates = self.files_of(source)
+        for _, paths in dates:
+            _, shown = self._handles.get(paths).read(self.bands, *start, *extent)
+            valid |= shown.any(0)
+        grid = self._handles.get(dates[0][1]).grid
+        labels = self._maps.read_one(name, source, grid, start, (1.0, 1.0), extent)
+        return np.where(valid, labels, np.int16(UNKNOWN))
+
+    def _labels(
+        self,
+        source: str,
+        paths: tuple[str, ...],
+        position: Sequence[float],
+        extent: Sequence[float],
+        valid: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """The label maps of a window, (y, x) int16, -1 where no band has data at any date.
+
+        Args:
+            valid: (C, time, y, x).
+        """
+        if not self.options.maps:
+            return {}
+        size, shown = valid.shape[2:], valid.any(axis=(0, 1))
+        step = [length / count for length, count in zip(extent, size, strict=True)]
+        found = self._maps.read(source, self._handles.get(paths).grid, position, step, size)
+        return {name: np.where(shown, labels, np.int16(UNKNOWN)) for name, labels in found.items()}
 
     def close(self) -> None:
         self._handles.close()
+        self._maps.close()
 
     def _read_one(
-        self, path: str, position: tuple[float, ...], extent: tuple[float, ...]
+        self, paths: tuple[str, ...], position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         try:
-            raster = self._handles.get(path)
-            lacking = [name for name in self.bands if name not in raster.bands]
-            if lacking:
-                raise ReadFailure(path, "read", f"it no longer has the bands {', '.join(lacking)}.", "Tile again.")
-            return self._resampled(raster, position, extent)
+            return self._resampled(self._handles.get(paths), position, extent)
         except ReadFailure:
             # A GDAL handle that has failed once may go on failing after the file is back.
-            self._handles.discard(path)
+            self._handles.discard(paths)
             raise
 
     def _resampled(
-        self, raster: Raster, position: tuple[float, ...], extent: tuple[float, ...]
+        self, stack: Stack, position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        size = self.options.size
-        if self.options.gsd is None:
-            top, left = (round(value) for value in position)
-            values, valid = raster.read(self.bands, top, left, size, size, self.options)
+        gsd, metres = self.options.gsd, stack.metres
+        if gsd is None or metres is None:
+            (top, left), (height, width) = ([round(value) for value in pair] for pair in (position, extent))
+            values, valid = stack.read(self.bands, top, left, height, width)
             return values.astype(self.dtype, copy=False), valid
         # The filter's support is one output pixel where it shrinks and one raster pixel where it enlarges. Windows are
         # read with that margin and trimmed, so that neighbouring windows meet without a seam; at the raster's own edge
         # there is nothing to read, and the filter stops.
         cut_size, starts, ends, trims = [], [], [], []
-        for place, length, limit in zip(position, extent, (raster.height, raster.width), strict=True):
+        sizes = [max(1, round(length * side / gsd)) for length, side in zip(extent, metres, strict=True)]
+        for place, length, size, limit in zip(position, extent, sizes, (stack.height, stack.width), strict=True):
             step = length / size
             margin = math.ceil(max(1.0, 1 / step))
             before = margin if place - margin * step >= 0 else 0
@@ -111,7 +168,7 @@ class RasterReader:
             trims.append(slice(before, before + size))
         top, left = (math.floor(start) for start in starts)
         bottom, right = (math.ceil(end) for end in ends)
-        values, valid = raster.read(self.bands, top, left, bottom - top, right - left, self.options)
+        values, valid = stack.read(self.bands, top, left, bottom - top, right - left)
         box = (ends[0] - starts[0], ends[1] - starts[1])
         cut = ArraySample(values.astype(np.float32), valid).crop(
             (starts[0] - top, starts[1] - left), box, (cut_size[0], cut_size[1])

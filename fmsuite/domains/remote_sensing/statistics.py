@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.core.inputs import Quantification
 
 PIXELS_A_WINDOW = 4096
 
@@ -18,13 +19,12 @@ class BandStatistics:
     but the windows.
 
     Args:
-        bands: how many.
-        scale, offset, clip: from stored values to physical ones, as in ``InputSpec``.
+        quantifications: of each band, from stored values to physical ones.
     """
 
-    def __init__(self, bands: int, scale: float, offset: float, clip: tuple[float, float] | None) -> None:
-        self.scale, self.offset, self.clip = scale, offset, clip
-        self._values: list[list[np.ndarray]] = [[] for _ in range(bands)]
+    def __init__(self, quantifications: Sequence[Quantification]) -> None:
+        self.quantifications = tuple(quantifications)
+        self._values: list[list[np.ndarray]] = [[] for _ in quantifications]
 
     def add(self, sample: ArraySample) -> None:
         values = sample.values.reshape(len(sample.values), -1)
@@ -32,10 +32,10 @@ class BandStatistics:
         valid = np.broadcast_to(valid, sample.values.shape).reshape(values.shape)
         # An odd step does not fall into the same columns of every row.
         step = max(1, values.shape[1] // PIXELS_A_WINDOW) | 1
-        for band, collected in enumerate(self._values):
+        for band, (collected, of) in enumerate(zip(self._values, self.quantifications, strict=True)):
             kept = values[band, ::step][valid[band, ::step]]
-            physical = self.offset + self.scale * kept.astype(np.float64)
-            collected.append(physical if self.clip is None else physical.clip(*self.clip))
+            physical = of.offset + of.scale * kept.astype(np.float64)
+            collected.append(physical if of.clip is None else physical.clip(*of.clip))
 
     def add_all(self, samples: Iterable[ArraySample]) -> BandStatistics:
         for sample in samples:
