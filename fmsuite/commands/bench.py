@@ -12,6 +12,7 @@ from fmsuite.commands.bench_jobs import (
     FEWSHOT,
     class_jobs,
     judged,
+    primary_of_classes,
     shots_of,
     title,
 )
@@ -31,12 +32,13 @@ from fmsuite.commands.contenders import Means
 from fmsuite.commands.labelled_windows import LabelledWindows, named
 from fmsuite.core.evaluation.folds import Asked
 from fmsuite.core.evaluation.results import Results
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
 from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.domains.base import Progress, no_progress
 
 log = logging.getLogger("fmsuite")
 
-TASK_NAMES = (*TASKS, FEWSHOT)
+TASK_NAMES = (*TASKS, RETRIEVAL, FEWSHOT)
 SHOTS = (1, 2, 4, 8, 16, 32)
 EPISODES = 200
 MOST_PREDICTIONS = 20_000_000
@@ -76,7 +78,7 @@ def bench(
         data: files, folders, a CSV that labels the folder it lies in, or one ``index.parquet``; example data if empty.
             Sides of the split are those of the data,
             ``train`` and ``test``; where these name none, a split by group is made.
-        tasks: names in ``tiles.TASKS``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
+        tasks: names in ``tiles.TASKS``, ``retrieval``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
         seed: of the split, the draws, the shuffles and the bootstrap.
         folds: cross-validation by group in place of a split: so many folds, or one for each group. Few-shot draws then
             ask about the groups that gave them no example.
@@ -126,6 +128,7 @@ def bench(
         folds=folds_of(windows),
         encoders=[contender.facts for contender in found],
         methods={e.method: title(e.method) for e in evaluations},
+        primary=primary_of_classes(evaluations),
         interval=intervals(evaluations),
         evaluations=evaluations,
         notes=[*windows.notes, *notes, *said_of_folds(windows), *of_values, *shared_controls(found)],

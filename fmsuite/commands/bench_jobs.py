@@ -19,6 +19,9 @@ from fmsuite.core.evaluation.findings import FINDINGS_TASKS, judge_findings
 from fmsuite.core.evaluation.folds import Folds
 from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS, judge_numbers
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation
+from fmsuite.core.evaluation.retrieval import PRIMARY as FIRST_RETRIEVED
+from fmsuite.core.evaluation.retrieval import RETRIEVAL, judge_retrieval
+from fmsuite.core.evaluation.retrieval import TITLE as RETRIEVAL_TITLE
 from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.evaluation.tiles import TASKS, judge
 from fmsuite.core.features import FeatureStore
@@ -95,6 +98,8 @@ def class_jobs(
                 yield Job(contender, store, task, shuffled=True)
             if task in FEW_LABELS and not varied:
                 yield from (Job(contender, store, task, fraction=share) for share in fractions)
+        if RETRIEVAL in tasks:
+            yield Job(contender, store, RETRIEVAL)
         for number in () if varied else shots:
             yield Job(contender, store, FEWSHOT_METHOD, number)
 
@@ -135,6 +140,9 @@ def judged(
         drawn = [split.parts] if job.fraction is None or shares is None else shares[job.fraction]
         if isinstance(windows, TargetItems) and windows.kind != "classes":
             yield _judged_target(job, windows, features, drawn, seed, rescale)
+            continue
+        if job.method == RETRIEVAL:
+            yield judge_retrieval(features, windows.labels, windows.groups, split, classes, encoder=name, seed=seed)
             continue
         if job.shots is None:
             yield judge(
@@ -208,10 +216,18 @@ def mean_control(items: TargetItems, seed: int) -> Evaluation:
     )
 
 
+def primary_of_classes(evaluations: Sequence[Evaluation]) -> str:
+    """The metric that answers the question; where nothing but retrieval was asked for, one of it."""
+    only = all(evaluation.method == RETRIEVAL for evaluation in evaluations)
+    return FIRST_RETRIEVED if evaluations and only else "balanced_accuracy"
+
+
 def title(method: str, kind: str = "classes") -> str:
     """One sentence on a method."""
     if kind == "number":
         return NUMBER_TASKS[method].title
     if kind == "findings":
         return FINDINGS_TASKS[method].title
+    if method == RETRIEVAL:
+        return RETRIEVAL_TITLE
     return TASKS[method].title if method in TASKS else find_classifier(method).title

@@ -77,7 +77,7 @@ class Opened:
         notes: list[str] = []
         if set(normalisations) - {TRAINED}:
             sample = ValueSample.of(index, learned.rows.tolist(), reader, spec, learned.called)
-            more, notes = variants(self.models, normalisations, sample, found)
+            more, notes = variants(found, normalisations, sample)
             notes.append(
                 f"Other normalisations than the encoders' own take their statistics from {sample.said}, without labels."
             )

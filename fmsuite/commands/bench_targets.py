@@ -16,6 +16,7 @@ from fmsuite.commands.bench_jobs import (
     class_jobs,
     judged,
     mean_control,
+    primary_of_classes,
     shots_of,
     target_jobs,
     title,
@@ -150,9 +151,11 @@ def bench_targets(
             folds=folds_of(items),
             encoders=facts,
             methods={e.method: title(e.method, target.kind) for e in evaluations},
-            primary={"classes": "balanced_accuracy", "number": numbers.PRIMARY, "findings": findings.PRIMARY}[
-                target.kind
-            ],
+            primary={
+                "classes": primary_of_classes(evaluations),
+                "number": numbers.PRIMARY,
+                "findings": findings.PRIMARY,
+            }[target.kind],
             interval=intervals(evaluations, target.kind),
             evaluations=evaluations,
             notes=[

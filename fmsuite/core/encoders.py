@@ -78,7 +78,10 @@ class Encoder(nn.Module):
     @property
     def normalisation(self) -> str:
         """One sentence on what raw values become, and whose mean and standard deviation it is."""
-        return normalisation_sentence(self.spec, OWN)
+        before = self.provenance.get("channels_before") or self.spec.channel_names
+        new = [name for name in self.spec.channel_names if name not in before]
+        whose = f"{OWN}; the data's of {', '.join(new)}, which it was not trained on" if new else OWN
+        return normalisation_sentence(self.spec, whose)
 
     def normalized(self, pixels: Tensor | View) -> View:
         """Raw values, alone or as a view, as the backbone takes them."""

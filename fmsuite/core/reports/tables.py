@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fmsuite.core.evaluation.metrics import BY_CLASS
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation, Results
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
 from fmsuite.core.reports.wording import (
     chance_level,
     controlled,
@@ -85,7 +86,11 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
     """
     metric = metric_name(results.primary)
     methods = list(dict.fromkeys(e.method for e in results.evaluations))
-    whole = [m for m in methods if any(e.method == m and e.shots is None for e in results.evaluations)]
+    whole = [
+        m
+        for m in methods
+        if any(e.method == m and e.shots is None and results.primary in e.metrics for e in results.evaluations)
+    ]
     tables = []
     if whole:
         columns: list[Column] = [(method_name(m), m, None, None, results.primary) for m in whole]
@@ -95,6 +100,10 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
             caption = f"{metric_name(other)}, {everything(results.folds)}"
             tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
         tables += _finding_tables(results, whole, marks)
+    if RETRIEVAL in methods:
+        names = list(dict.fromkeys(n for e in results.evaluations if e.method == RETRIEVAL for n in e.metrics))
+        columns = [(metric_name(name), RETRIEVAL, None, None, name) for name in names]
+        tables.append(_table(results, f"retrieval, {everything(results.folds)}", "encoder", columns, marks))
     for method in methods:
         shots = sorted({e.shots for e in results.evaluations if e.method == method and e.shots is not None})
         if shots:

@@ -35,6 +35,7 @@ METRIC_NAMES = {
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
 }
+RETRIEVED = {"acc": "accuracy", "mv": "majority vote", "map": "mAP"}
 OF_ONE = {"auroc": "AUROC", "map": "AP", "iou": "IoU", "f1": "F1"}
 """Metrics of one class or finding."""
 
@@ -66,6 +67,9 @@ def metric_name(key: str) -> str:
     metric, _, finding = key.partition("/")
     if finding:
         return f"{OF_ONE.get(metric, metric)} of {finding}"
+    kind, at, k = key.partition("@")
+    if at:
+        return f"{RETRIEVED[kind]} at {k}"
     return METRIC_NAMES.get(key, key.replace("_", " "))
 
 
