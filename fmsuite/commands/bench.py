@@ -22,6 +22,7 @@ from fmsuite.commands.bench_opening import (
     folds_of,
     inputs_of,
     intervals,
+    kept_apart,
     learned_from,
     open_bench,
     said_of_folds,
@@ -78,7 +79,8 @@ def bench(
         data: files, folders, a CSV that labels the folder it lies in, or one ``index.parquet``; example data if empty.
             Sides of the split are those of the data,
             ``train`` and ``test``; where these name none, a split by group is made.
-        tasks: names in ``tiles.TASKS``, ``retrieval``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
+        tasks: names in ``tiles.TASKS``, ``retrieval``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws
+            each; ``all``.
         seed: of the split, the draws, the shuffles and the bootstrap.
         folds: cross-validation by group in place of a split: so many folds, or one for each group. Few-shot draws then
             ask about the groups that gave them no example.
@@ -124,7 +126,7 @@ def bench(
         title=f"Benchmark on {named(paths)}",
         classes=windows.classes,
         items=windows.items(),
-        split=windows.said,
+        split=f"{windows.said} {kept_apart(windows, plugin.units)}",
         folds=folds_of(windows),
         encoders=[contender.facts for contender in found],
         methods={e.method: title(e.method) for e in evaluations},
