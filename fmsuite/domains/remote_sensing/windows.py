@@ -117,7 +117,7 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
             )
             notes.append(Skipped(source, WINDOWS, reason))
         return SourceRows.unused(*notes)
-    facts = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
+    facts = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres, "crs": unit.grid[2]}
     rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good])
     return SourceRows(rows, facts, tuple(notes))
 
