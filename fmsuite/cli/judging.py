@@ -184,10 +184,26 @@ def bench(
     shots: Shots = "1,2,4,8,16,32",
     episodes: Annotated[int, typer.Option(min=1, help="Draws of supports for each number of shots.")] = 200,
     seed: Seed = 0,
+    folds: Annotated[
+        str | None,
+        typer.Option(metavar="K|groups", help="Cross-validation by group: K folds, or `groups` leaves one group out."),
+    ] = None,
     controls: Annotated[
         bool,
         typer.Option("--controls/--no-controls", help="Also judge untrained networks, a histogram, shuffled labels."),
     ] = True,
+    band_means: Annotated[
+        Literal["auto", "mean", "mean+std", "none"],
+        typer.Option(help="Means of the channels as a control; auto: where there are more than three."),
+    ] = "auto",
+    normalisations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Judge every encoder under these too, separated by commas: mean-std, two-sigma, min-max, percentiles, "
+            "window, scale, raw, imagenet; or all.",
+        ),
+    ] = None,
     batch_size: BatchSize = None,
     workers: Annotated[int, typer.Option(min=-1, help="Processes that read ahead; -1 chooses.")] = -1,
     device: Device = "auto",
@@ -199,6 +215,7 @@ def bench(
     """Judge encoders on labelled windows, beside controls that they must beat."""
     from fmsuite.commands.bench import bench as run
     from fmsuite.commands.bench_targets import bench_targets, parse_fractions, parse_targets
+    from fmsuite.core.evaluation.folds import parse_folds
 
     targets = parse_targets(classify or [], regress or [], findings or [])
     shared: dict[str, Any] = {
@@ -206,7 +223,10 @@ def bench(
         "shots": numbers_of(shots, "--shots"),
         "episodes": episodes,
         "seed": seed,
+        "folds": None if folds is None else parse_folds(folds),
         "controls": controls,
+        "means": band_means,
+        "normalisations": normalisations.split(",") if normalisations else (),
         "recipe": recipe,
         "overrides": with_mpp(overrides, mpp, "data."),
         "batch_size": batch_size,

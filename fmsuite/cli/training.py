@@ -172,6 +172,9 @@ def predict(
     model: Annotated[Path, typer.Option(help="A run of a fine-tuning: a folder with network.safetensors.")],
     files: Annotated[list[Path], typer.Argument(help="Files or folders.")],
     out: Annotated[Path, typer.Option(help="Folder for the label maps, or for predictions.csv.")],
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write maps of every class's probability as well.")
+    ] = False,
     overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers as well.")] = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -185,6 +188,7 @@ def predict(
         model,
         files,
         out,
+        probabilities=probabilities,
         overlap=overlap,
         batch=batch,
         device=device,

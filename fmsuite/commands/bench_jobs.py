@@ -16,8 +16,10 @@ from fmsuite.core.evaluation.classifiers import find_classifier
 from fmsuite.core.evaluation.episodes import allowed_shots, draws
 from fmsuite.core.evaluation.fewshot import run
 from fmsuite.core.evaluation.findings import FINDINGS_TASKS, judge_findings
+from fmsuite.core.evaluation.folds import Folds
 from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS, judge_numbers
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation
+from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.evaluation.tiles import TASKS, judge
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.seeding import derive
@@ -53,8 +55,21 @@ def bags_of(windows: LabelledWindows, features: Tensor) -> Bags:
 def shots_of(windows: LabelledWindows, shots: Sequence[int]) -> tuple[list[int], list[str]]:
     """What the classes allow: known before anything is embedded."""
     bags = bags_of(windows, torch.zeros(len(windows), 1))
-    split = windows.split
-    return allowed_shots(bags, shots, split.train, split.test, names=windows.classes, unit=windows.unit)
+    return allowed_shots(bags, shots, *few_sides(windows.split), names=windows.classes, unit=windows.unit)
+
+
+def standardised(features: Tensor, learned: Tensor) -> Tensor:
+    """(I, D) minus the mean over the items that are learned from, divided by their standard deviation: channels in
+    different units (reflectance, decibels) count alike, and penalties and distances see them."""
+    values = features[learned].double()
+    mean, std = values.mean(0), values.std(0, correction=0)
+    std = torch.where(std > 1e-9 * values.abs().amax(0), std, 1.0)
+    return ((features.double() - mean) / std).float()
+
+
+def few_sides(split: Split | Folds) -> tuple[Tensor | None, Tensor | None]:
+    """Who few-shot draws may show and ask: beside folds, every draw asks the groups that gave it no example."""
+    return (None, None) if isinstance(split, Folds) else (split.train, split.test)
 
 
 def class_jobs(
@@ -66,13 +81,14 @@ def class_jobs(
     fractions: Sequence[float] = (),
 ) -> Iterator[Job]:
     for contender, store in zip(found, stores, strict=True):
+        varied = contender.kind == "normalised"
         for task in (name for name in TASKS if name in tasks):
             yield Job(contender, store, task)
             if controls and contender.kind == "encoder" and task in SHUFFLED_TASKS:
                 yield Job(contender, store, task, shuffled=True)
-            if task in FEW_LABELS:
+            if task in FEW_LABELS and not varied:
                 yield from (Job(contender, store, task, fraction=share) for share in fractions)
-        for number in shots:
+        for number in () if varied else shots:
             yield Job(contender, store, FEWSHOT_METHOD, number)
 
 
@@ -83,7 +99,7 @@ def target_jobs(
     for contender, store in zip(found, stores, strict=True):
         for task in tasks:
             yield Job(contender, store, task)
-            if task in FEW_LABELS:
+            if task in FEW_LABELS and contender.kind != "normalised":
                 yield from (Job(contender, store, task, fraction=share) for share in fractions)
 
 
@@ -93,12 +109,12 @@ def judged(
     episodes: int,
     seed: int,
     keep: bool,
-    shares: Mapping[float, Sequence[Tensor]] | None = None,
+    shares: Mapping[float, Sequence[Sequence[Split]]] | None = None,
 ) -> Iterator[Evaluation]:
     """
     Args:
         keep: predictions of few-shot draws.
-        shares: by share of the training groups, the items of each draw.
+        shares: by share of the training groups, for each draw the sides of each fold.
     """
     split, classes = windows.split, len(windows.classes)
     features, owner = torch.empty(0), None
@@ -106,8 +122,10 @@ def judged(
         name = job.contender.name
         if owner is not job.store:
             features, owner = windows.features(job.store), job.store
+            if job.contender.kind == "means":
+                features = standardised(features, split.train)
         rescale = job.contender.kind == "histogram" and job.method in LINEAR_TASKS
-        drawn = [split.train] if job.fraction is None or shares is None else shares[job.fraction]
+        drawn = [split.parts] if job.fraction is None or shares is None else shares[job.fraction]
         if isinstance(windows, TargetItems) and windows.kind != "classes":
             yield _judged_target(job, windows, features, drawn, seed, rescale)
             continue
@@ -128,7 +146,7 @@ def judged(
             )
             continue
         bags = bags_of(windows, features)
-        supports = draws(bags, job.shots, episodes, seed, split.train, split.test, names=windows.classes)
+        supports = draws(bags, job.shots, episodes, seed, *few_sides(split), names=windows.classes)
         own = derive(seed, "bootstrap")
         evaluation = run(
             bags,
@@ -147,7 +165,7 @@ def judged(
 
 
 def _judged_target(
-    job: Job, items: TargetItems, features: Tensor, shown: Sequence[Tensor], seed: int, rescale: bool
+    job: Job, items: TargetItems, features: Tensor, draws: Sequence[Sequence[Split]], seed: int, rescale: bool
 ) -> Evaluation:
     if items.kind == "number":
         return judge_numbers(
@@ -155,8 +173,7 @@ def _judged_target(
             features,
             items.labels,
             items.groups,
-            shown,
-            items.split.test,
+            draws,
             encoder=job.contender.name,
             seed=seed,
             fraction=job.fraction,
@@ -167,8 +184,7 @@ def _judged_target(
         items.labels,
         items.classes,
         items.groups,
-        shown,
-        items.split.test,
+        draws,
         encoder=job.contender.name,
         seed=seed,
         fraction=job.fraction,
@@ -179,8 +195,9 @@ def _judged_target(
 def mean_control(items: TargetItems, seed: int) -> Evaluation:
     """The mean of the training side as an answer for everyone."""
     nothing = torch.zeros(len(items), 1)
-    shown, asked = [items.split.train], items.split.test
-    return judge_numbers(CONSTANT, nothing, items.labels, items.groups, shown, asked, encoder=MEAN.name, seed=seed)
+    return judge_numbers(
+        CONSTANT, nothing, items.labels, items.groups, [items.split.parts], encoder=MEAN.name, seed=seed
+    )
 
 
 def title(method: str, kind: str = "classes") -> str:

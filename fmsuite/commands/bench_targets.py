@@ -20,17 +20,30 @@ from fmsuite.commands.bench_jobs import (
     target_jobs,
     title,
 )
-from fmsuite.commands.bench_opening import ALL, check, inputs_of, intervals, open_bench, shared_controls
+from fmsuite.commands.bench_opening import (
+    ALL,
+    check,
+    folds_of,
+    inputs_of,
+    intervals,
+    learned_from,
+    open_bench,
+    said_of_folds,
+    shared_controls,
+)
 from fmsuite.commands.comparison import Compared, leave
+from fmsuite.commands.contenders import Means
 from fmsuite.commands.labelled_windows import named
 from fmsuite.commands.target_items import By, TargetItems
 from fmsuite.commands.targets import OPTION, Target, parse, read_columns
 from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
 from fmsuite.core.evaluation import findings, numbers
 from fmsuite.core.evaluation.findings import FINDINGS_TASKS
-from fmsuite.core.evaluation.fractions import DRAWS, check_fractions, nested_shares
+from fmsuite.core.evaluation.folds import Asked
+from fmsuite.core.evaluation.fractions import DRAWS, check_fractions, shares_of_sides
 from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS
 from fmsuite.core.evaluation.results import Results
+from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.reports.exhibits import Exhibits
 from fmsuite.domains.base import Progress, no_progress
 from fmsuite.errors import UsageError, nearest
@@ -59,7 +72,10 @@ def bench_targets(
     shots: Sequence[int] = SHOTS,
     episodes: int = EPISODES,
     seed: int = 0,
+    folds: Asked | None = None,
     controls: bool = True,
+    means: Means = "auto",
+    normalisations: Sequence[str] = (),
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     batch_size: int | None = None,
@@ -85,7 +101,7 @@ def bench_targets(
         FmsuiteError: as ``bench``.
     """
     known_tasks = list(dict.fromkeys(name for target in targets for name in PROBES[target.kind]))
-    check(encoders, tasks, known_tasks, shots, episodes, batch_size)
+    check(encoders, tasks, known_tasks, shots, episodes, batch_size, folds, normalisations)
     _check_targets(targets, tasks, by)
     shares = check_fractions(fractions)
     opened = open_bench(domain, encoders, data, out, recipe, overrides, strict, device, progress, batch_size, workers)
@@ -95,15 +111,18 @@ def bench_targets(
     for target in targets:
         known = columns[target.columns[0]]
         values = parse(target, [[label.label for label in columns[name]] for name in target.columns])
-        asked[target] = TargetItems.asked(whole, target, values, known, by=by, seed=seed, units=plugin.units)
+        asked[target] = TargetItems.asked(
+            whole, target, values, known, by=by, seed=seed, units=plugin.units, folds=folds
+        )
         log.info("%s: %s", target.name, asked[target].said)
-    found, stores = opened.embedded(whole, out, controls, command)
+    learned = learned_from(list(asked.values()), plugin.units.window)
+    found, stores, of_values = opened.embedded(whole, out, controls, means, normalisations, learned, command)
     stored = [store.read_all()[1] for store in stores]
     compared = []
     for target, items in asked.items():
         items = items.restricted(stored)
         own = [name for name in PROBES[target.kind] if ALL in tasks or name in tasks]
-        drawn = nested_shares(items.kinds, items.groups, items.split.train, shares, seed)
+        drawn = shares_of_sides(items.kinds, items.groups, items.split, shares, seed)
         allowed, notes = shots_of(items, shots) if FEWSHOT in own else ([], [])
         keep = len(items) * len(allowed) * episodes * len(found) <= MOST_PREDICTIONS
         jobs = list(
@@ -128,6 +147,7 @@ def bench_targets(
             classes=items.classes,
             items=items.items(),
             split=items.said,
+            folds=folds_of(items),
             encoders=facts,
             methods={e.method: title(e.method, target.kind) for e in evaluations},
             primary={"classes": "balanced_accuracy", "number": numbers.PRIMARY, "findings": findings.PRIMARY}[
@@ -135,9 +155,20 @@ def bench_targets(
             ],
             interval=intervals(evaluations, target.kind),
             evaluations=evaluations,
-            notes=[*items.notes, *notes, *_said_of_shares(items, drawn), *shared_controls(found)],
+            notes=[
+                *items.notes,
+                *notes,
+                *said_of_folds(items),
+                *of_values,
+                *_said_of_shares(items, drawn),
+                *shared_controls(found),
+            ],
             facts=opened.start.facts(
-                command, seed, whole.hash, inputs_of(opened.paths, whole.hash, whole.metadata, opened.models, labels)
+                command,
+                seed,
+                whole.hash,
+                inputs_of(opened.paths, whole.hash, whole.metadata, opened.models, labels),
+                {contender.name: contender.embedder.normalisation for contender in found},
             ),
         )
         compared.append(leave(out / target.name, results, exhibits, skipped))
@@ -199,12 +230,16 @@ def _copy_skipped(out: Path, folder: Path) -> None:
         shutil.copyfile(out / SKIPPED, folder / SKIPPED)
 
 
-def _said_of_shares(items: TargetItems, shares: dict) -> list[str]:
+def _said_of_shares(items: TargetItems, shares: dict[float, list[list[Split]]]) -> list[str]:
     if not shares:
         return []
-    counts = [f"{100 * share:g}% are {len(items.groups[drawn[0]].unique())}" for share, drawn in sorted(shares.items())]
-    total = len(items.groups[items.split.train].unique())
+    counts = []
+    for share, drawn in sorted(shares.items()):
+        sizes = sorted({len(items.groups[part.train].unique()) for part in drawn[0]})
+        counts.append(f"{100 * share:g}% are {' to '.join(map(str, sizes[:: max(1, len(sizes) - 1)]))}")
+    whole = sorted({len(items.groups[part.train].unique()) for part in items.split.parts})
     return [
-        f"Few-label curves: of {total} training groups, {'; '.join(counts)}: at least as many as hold every class or "
-        f"finding, and a smaller share is within a larger one; means over {DRAWS} draws."
+        f"Few-label curves: of {' to '.join(map(str, whole[:: max(1, len(whole) - 1)]))} training groups, "
+        f"{'; '.join(counts)}: at least as many as hold every class or finding, and a smaller share is within a larger "
+        f"one; means over {DRAWS} draws."
     ]

@@ -29,7 +29,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
-from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
+from fmsuite.core.evaluation.cases import DENSE, Arm, FinetuneResults, TunedRun
 from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.lock import WriterLock
 from fmsuite.core.seeding import derive
@@ -175,7 +175,9 @@ def set_up(
     """
     opened = load_encoder(config.encoder)
     domain, index = index_of(config, opened, out, skipped, progress)
-    opened.check_input(domain.input_spec(index))
+    spec = domain.input_spec(index)
+    opened = opened.fitted(spec)
+    opened.check_input(spec)
     table = None if config.targets is None else Path(config.targets)
     data = collect(config, domain, index, skipped, table)
     return Setup(config, data, opened, out, skipped, progress, command, {}), index
@@ -238,6 +240,7 @@ def _points(setup: Setup) -> Points:
         [case.sources[0] for case in data.cases if case.group in train],
         config.label_map,
         len(data.classes),
+        len(data.domain.input_spec(data.index).axes),
         derive(config.seed, "points"),
         setup.skipped,
         setup.progress,
@@ -278,7 +281,7 @@ def _judge(setup: Setup, plan: RunPlan) -> TunedRun:
         seconds=made["seconds"],
         cases=[],
     )
-    if config.task_name == "segmentation":
+    if config.task_name in DENSE:
         write = setup.out / PREDICTIONS / plan.folder.relative_to("runs") if config.judge.write else None
         scores, run.failed = judge_scenes(config, data, network, numbers, device, setup.skipped, write, shown)
         run.cases = [number for number in numbers if number in scores]

@@ -12,25 +12,32 @@ import torch
 from fmsuite.commands.finetune_config import FinetuneConfig
 from fmsuite.commands.finetune_data import TaskData
 from fmsuite.core.adaptation.network_files import Network
-from fmsuite.core.adaptation.scenes import scene_scores
+from fmsuite.core.adaptation.scenes import SceneBox, scene_scores
 from fmsuite.core.adaptation.task import Segmentation
+from fmsuite.core.backbones.datewise import one_date
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
-from fmsuite.core.data.sample import Array
+from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene_maps import MapKind
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.case_scores import segmentation_scores
-from fmsuite.core.inputs import Normalize
+from fmsuite.core.inputs import InputSpec, Normalize
 from fmsuite.core.reports.case_slices import CaseSlices
 from fmsuite.domains.base import Domain
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 
+SUFFIXES = (".gz", ".nii", ".tif", ".tiff", ".vrt", ".jp2")
+"""Of files that maps are of, which have a suffix of their own."""
+
 
 def file_stem(name: str) -> str:
     """A case's name as the name of a file."""
-    return re.sub(r"[^\w.+=-]+", "-", name.removesuffix(".gz").removesuffix(".nii")).strip("-.") or "case"
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return re.sub(r"[^\w.+=-]+", "-", name).strip("-.") or "case"
 
 
 def judge_scenes(
@@ -60,7 +67,8 @@ def judge_scenes(
             scene = open_scene(data.domain, data.index, case.sources[0])
             assert config.label_map is not None
             truth = scene.native_map(config.label_map)
-            predicted = scene.labels_to_native(scores_of(config, network, scene, device))
+            said = scores_of(config, network, scene, device)
+            predicted = scene.labels_to_native(said.scores)
         except ReadFailure as failure:
             skipped.add_failure(failure)
             failed.append(number)
@@ -80,12 +88,14 @@ def judge_scenes(
             raise UsageError(f"{case.sources[0]}: {error.message}", error.hint) from error
         if write is not None:
             write.mkdir(parents=True, exist_ok=True)
-            scene.write(predicted, write / file_stem(case.id))
+            writer = scene.writer(write / file_stem(case.id), MapKind("classes", data.classes))
+            writer.add(said.start, said.scores, said.valid)
+            writer.finish()
     return found, failed
 
 
-def scores_of(config: FinetuneConfig, network: Network, scene: Scene, device: torch.device) -> Array:
-    """(K, *size) of one source."""
+def scores_of(config: FinetuneConfig, network: Network, scene: Scene, device: torch.device) -> SceneBox:
+    """Of one source, whole."""
     task = network.task
     assert isinstance(task, Segmentation)
     judge = config.judge
@@ -161,11 +171,9 @@ def save_panel(
     scene = open_scene(data.domain, data.index, data.cases[number].sources[0])
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
-    predicted = scores_of(config, network, scene, device).argmax(0)
-    image: Array = whole.values[0].astype(np.float32)
-    if len(scene.size) == 2:
-        image = data.domain.to_rgb(whole.values, network.spec)
-    spacing = whole.spacing or network.spec.spacing or (1.0,) * len(scene.size)
+    predicted = scores_of(config, network, scene, device).scores.argmax(0)
+    image = _picture(whole, network.spec, data.domain, len(scene.size))
+    spacing = (whole.spacing or network.spec.spacing or (1.0,) * len(scene.size))[-len(scene.size) :]
     ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
     slices = CaseSlices.of(
         image,
@@ -177,3 +185,13 @@ def save_panel(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     slices.save(path)
+
+
+def _picture(whole: ArraySample, spec: InputSpec, domain: Domain, axes: int) -> Array:
+    """A scene of two axes in colours, another's first channel; of a series, the date of which most is valid, the last
+    of equals."""
+    values = whole.values
+    if values.ndim - 1 > axes:
+        shown = np.ones(values.shape[1]) if whole.valid is None else whole.valid.mean(axis=(0, 2, 3))
+        values, spec = values[:, len(shown) - 1 - int(np.argmax(shown[::-1]))], one_date(spec)
+    return domain.to_rgb(values, spec) if axes == 2 else values[0].astype(np.float32)

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fmsuite.commands.comparison import class_order
 from fmsuite.core.data.grouping import group_codes
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.evaluation.folds import Asked, Folds, folds_by_group, lonely
 from fmsuite.core.evaluation.results import Item
 from fmsuite.core.evaluation.splits import (
     TEST,
@@ -41,7 +43,7 @@ class LabelledWindows:
         rows: (S,) int64 rows of ``index`` that take part, ascending.
         labels: (S,) int64 positions in ``classes``.
         groups: (S,) int64 positions in ``group_names``.
-        split: of the S.
+        split: of the S, or the folds that ask about each of them once.
         unit: what a window is called, in the singular.
         seed: of the split, where one is made.
         notes: what was left out, in sentences.
@@ -53,7 +55,7 @@ class LabelledWindows:
     groups: Tensor
     classes: list[str]
     group_names: list[str]
-    split: Split
+    split: Split | Folds
     unit: str
     seed: int
     notes: list[str]
@@ -62,16 +64,18 @@ class LabelledWindows:
         return len(self.rows)
 
     @classmethod
-    def of(cls, whole: SampleIndex, seed: int, unit: str, where: str) -> LabelledWindows:
-        """Those of an index, with its own split or one made here.
+    def of(cls, whole: SampleIndex, seed: int, unit: str, where: str, folds: Asked | None = None) -> LabelledWindows:
+        """Those of an index, with its own split or one made here; or with folds, whatever sides the index has.
 
         Args:
             seed: of the split, where one is made.
             where: the data, for messages.
+            folds: ask about every window, by so many classifiers that did not see its group. Classes of one group
+                are left out: who has not seen the group has not seen the class.
 
         Raises:
             UsageError: if there are no labels, fewer than two classes, no usable split, a class is missing on a side,
-                or a group is on both.
+                or a group is on both; for folds that cannot be made.
         """
         labelled = [n for n, label in enumerate(_column(whole, "label")) if label is not None]
         if not labelled:
@@ -82,18 +86,24 @@ class LabelledWindows:
         if len(labelled) < len(whole):
             notes.append(f"Left out: {counted(len(whole) - len(labelled), unit)} without a label.")
         index = whole.select(labelled)
-        given = given_split(_column(index, "split"))
-        if given is not None:
+        given = None
+        if folds is not None:
+            index = cls._in_several_groups(index, unit, notes)
+        elif (given := given_split(_column(index, "split"))) is not None:
             index, given = cls._on_sides(index, given, unit, notes)
         groups = [str(group) for group in _column(index, "group")]
         classes = sorted(index.label_names, key=class_order)
         code = {name: number for number, name in enumerate(classes)}
         labels = torch.tensor([code[str(label)] for label in _column(index, "label")])
         refuse_one_class(classes)
-        split = given or split_by_group(labels, groups, classes, seed)
-        refuse_shared_groups(split, groups)
-        refuse_missing_classes(split, labels, classes)
         names, position = np.unique(np.asarray(groups), return_inverse=True)
+        split: Split | Folds
+        if folds is not None:
+            split = folds_by_group(one_hot(labels), torch.from_numpy(position), folds, seed, classes)
+        else:
+            split = given or split_by_group(labels, groups, classes, seed)
+            refuse_shared_groups(split, groups)
+            refuse_missing_classes(split, labels, classes)
         return cls(
             index,
             torch.arange(len(index)),
@@ -117,9 +127,39 @@ class LabelledWindows:
             notes.append(f"Left out: {counted(left, unit)} of other sides of the split ({', '.join(others)}).")
         return index.select(kept.numpy()), given.among(kept)
 
+    @staticmethod
+    def _in_several_groups(index: SampleIndex, unit: str, notes: list[str]) -> SampleIndex:
+        """Without the windows of classes that are of one group; says so, and that sides were not kept to."""
+        if any(side is not None for side in _column(index, "split")):
+            notes.append("The sides of the split that the data name were not kept to: folds ask about everything.")
+        labels, groups = _column(index, "label"), _column(index, "group")
+        where: dict[str, set[str]] = {}
+        for label, group in zip(labels, groups, strict=True):
+            where.setdefault(str(label), set()).add(str(group))
+        alone = {label: next(iter(own)) for label, own in where.items() if len(own) == 1}
+        for label, group in sorted(alone.items()):
+            notes.append(
+                f"Left out: {counted(labels.count(label), unit)} of '{label}', all of one group ('{group}'): a "
+                "classifier that has not seen the group has not seen the class."
+            )
+        kept = [row for row, label in enumerate(labels) if label not in alone]
+        if len(where) - len(alone) < 2:
+            raise UsageError(
+                f"Fewer than two classes are of several groups (of one: {', '.join(map(repr, sorted(alone)))}), so "
+                "no classifier can be asked about a group that it has not seen.",
+                "Label windows of further groups (scenes, patients), or name the groups with data.group_column.",
+            )
+        return index.select(kept)
+
     @property
     def said(self) -> str:
         """One sentence on the split."""
+        if isinstance(self.split, Folds):
+            return (
+                f"{self.split.said(self.seed)}; each of {counted(len(self), self.unit)} of "
+                f"{counted(len(self.groups.unique()), 'group')} is asked once, by a classifier that did not see its "
+                "group."
+            )
         sides = " and ".join(
             f"{counted(len(side), self.unit)} of {counted(len(self.groups[side].unique()), 'group')} {purpose}"
             for side, purpose in ((self.split.train, "to train on"), (self.split.test, "to be asked"))
@@ -146,17 +186,36 @@ class LabelledWindows:
         kept = torch.nonzero(everywhere == len(stored)).flatten()
         if len(kept) == len(self):
             return self
-        split = self.split.among(kept)
-        refuse_missing_classes(split, self.labels[kept], self.classes)
+        split: Split | Folds
+        labels, groups = self.labels[kept], self.groups[kept]
+        if isinstance(self.split, Folds):
+            alone = lonely(labels, groups, len(self.classes))
+            if alone:
+                raise UsageError(
+                    f"Of the windows that can be read, those of '{self.classes[alone[0]]}' are of one group.",
+                    "Mend the files that skipped.csv names, or take the labels of that class out.",
+                )
+            split = folds_by_group(one_hot(labels), groups, self.split.asked, self.seed, self.classes)
+        else:
+            split = self.split.among(kept)
+            refuse_missing_classes(split, labels, self.classes)
         note = f"Left out: {counted(len(self) - len(kept), self.unit)} that could not be read; see skipped.csv."
         return replace(
             self,
             rows=kept,
-            labels=self.labels[kept],
-            groups=self.groups[kept],
+            labels=labels,
+            groups=groups,
             split=split,
             notes=[*self.notes, note],
         )
+
+    def rows_of(self, items: Tensor) -> Tensor:
+        """(N,) rows of the index of some items' windows.
+
+        Args:
+            items: (n,) int64.
+        """
+        return self.rows[items]
 
     def features(self, store: FeatureStore) -> Tensor:
         """(I, D) float32 of the items, in their order."""
@@ -167,8 +226,8 @@ class LabelledWindows:
         sources, codes = group_codes(self.index, "source")
         several = np.bincount(codes) > 1
         positions = self.index.table.column("position").to_pylist()
-        side = [""] * len(self)
-        for name, members in ((TRAIN, self.split.train), (TEST, self.split.test)):
+        side: list[str | None] = [None] * len(self)
+        for name, members in sides_of(self.split):
             for member in members.tolist():
                 side[member] = name
         found = []
@@ -184,6 +243,11 @@ class LabelledWindows:
                 )
             )
         return found
+
+
+def sides_of(split: Split | Folds) -> list[tuple[str, Tensor]]:
+    """Names and members of the sides; none of folds."""
+    return [] if isinstance(split, Folds) else [(TRAIN, split.train), (TEST, split.test)]
 
 
 def with_labels_file(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Path], list[str]]:

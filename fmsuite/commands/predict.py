@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 from fmsuite.commands.finetune_judge import file_stem, window_means
 from fmsuite.commands.setup import open_domain, open_index
 from fmsuite.core.adaptation.network_files import Network, load_network
-from fmsuite.core.adaptation.scenes import scene_scores
+from fmsuite.core.adaptation.scenes import stream_scene
 from fmsuite.core.adaptation.task import Segmentation
 from fmsuite.core.config import apply_overrides, validate
+from fmsuite.core.data.forgiving import ForgivingScene
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed_scenes import open_scene
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.training.precision import choose_device
 from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
@@ -45,6 +47,7 @@ def predict(
     sources: Sequence[Path],
     out: Path,
     *,
+    probabilities: bool = False,
     overlap: float = 0.5,
     batch: int = 4,
     device: str = "auto",
@@ -54,21 +57,30 @@ def predict(
 ) -> Predicted:
     """Label maps on the files' own grids (segmentation), or ``predictions.csv`` with a line for each source.
 
-    Files are read as the network's training data were, without label maps and labels files.
+    Files are read as the network's training data were, without label maps and labels files. Maps are made and written
+    part by part: memory does not grow with a raster. What cannot be decoded of a file has no result in its map, and a
+    line in ``skipped.csv``.
 
     Args:
         model: folder with ``network.safetensors``.
+        probabilities: of a segmentation, write those of each class as well, ``NAME-probabilities``.
         overlap, batch: see ``sliding_window``.
         overrides: ``data.key=value`` items, where the files need another way of reading.
 
     Raises:
-        UsageError: if there is no network, or the files cannot be its input.
+        UsageError: if there is no network, or the files cannot be its input; for probabilities of another task.
+        FmsuiteError: if a map cannot be written.
     """
     if not 0 <= overlap < 1:
         raise UsageError(f"An overlap of {overlap} is out of range.", "Use 0 to less than 1; 0.5 is common.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: this is a file.", "Choose another folder with --out.")
     network = load_network(model)
+    if probabilities and not isinstance(network.task, Segmentation):
+        raise UsageError(
+            "--probabilities asks for maps, and this network makes none.",
+            f"Its answers are in {TABLE}; leave the option out.",
+        )
     plain = choose_device(device)  # type: ignore[arg-type]
     domain = open_domain(network.domain, _options(network, overrides))
     out.mkdir(parents=True, exist_ok=True)
@@ -82,46 +94,68 @@ def predict(
         )
     network.task.to(plain)
     if isinstance(network.task, Segmentation):
-        files = _label_maps(network.task, network, domain, index, out, overlap, batch, plain, skipped, progress)
+        kinds = {"": MapKind("classes", network.classes)}
+        if probabilities:
+            kinds["-probabilities"] = MapKind("scores", network.classes)
+        files = _maps(network.task, network, domain, index, out, kinds, overlap, batch, plain, skipped, progress)
     else:
         files = [_table(network, domain, index, out, batch, plain, skipped, progress)]
     return Predicted(files, skipped.summary())
 
 
 def _options(network: Network, overrides: Sequence[str]) -> Any:
-    raw = {key: value for key, value in network.data.items() if key not in {"maps", *LabelOptions.model_fields}}
-    kind = load_domain(network.domain).Options
+    plugin = load_domain(network.domain)
+    kind, known = plugin.Options, {*plugin.truth_options, *LabelOptions.model_fields}
+    raw = {key: value for key, value in network.data.items() if key not in known}
     if issubclass(kind, LabelOptions):
         raw["labels"] = "none"
+    if "min_valid" in kind.model_fields:
+        # How much of a window is worth learning from says nothing of what is to be predicted.
+        raw["min_valid"] = 0.0
     asked = apply_overrides({"data": raw}, overrides)
     return validate(kind, asked["data"], "data", "command line")
 
 
-def _label_maps(
+def _maps(
     task: Segmentation,
     network: Network,
     domain: Domain,
     index: SampleIndex,
     out: Path,
+    kinds: Mapping[str, MapKind],
     overlap: float,
     batch: int,
     device: torch.device,
     skipped: SkippedLog,
     progress: Progress,
 ) -> list[Path]:
-    files = []
+    """
+    Args:
+        kinds: what follows a file's name, and what is then written.
+    """
+    files: list[Path] = []
     stems = [file_stem(Path(source).name) for source in index.sources]
     twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
     if twice is not None:
         raise UsageError(f"Several files are called {twice}.", "Predict them into folders of their own.")
+    if out.resolve() in {Path(source).resolve().parent for source in index.sources}:
+        raise UsageError(f"{out}: maps would take the names of the files here.", "Choose another folder with --out.")
     for source, stem in progress(list(zip(index.sources, stems, strict=True)), len(stems), "Predicting"):
+        writers: list[SceneWriter] = []
         try:
-            scene = open_scene(domain, index, source)
-            scores = scene_scores(task, network.spec, scene, overlap=overlap, batch=batch, device=device)
+            scene = ForgivingScene(open_scene(domain, index, source))
+            writers = [scene.writer(out / f"{stem}{suffix}", kind) for suffix, kind in kinds.items()]
+            for box in stream_scene(task, network.spec, scene, overlap=overlap, batch=batch, device=device):
+                for writer in writers:
+                    writer.add(box.start, box.scores, box.valid)
+            files += [writer.finish() for writer in writers]
         except ReadFailure as failure:
             skipped.add_failure(failure)
             continue
-        files.append(scene.write(scene.labels_to_native(scores), out / stem))
+        finally:
+            for writer in writers:
+                writer.discard()
+        scene.note(skipped)
     return files
 
 

@@ -95,7 +95,9 @@ def similar(
     opened, index = open_index(
         *_opened(encoder, model, file, domain, overrides), SkippedLog(None, strict=True), progress
     )
-    model.check_input(data_as_seen(opened.input_spec(index), model))
+    spec = opened.input_spec(index)
+    model = model.fitted(spec)
+    model.check_input(data_as_seen(spec, model))
     if len(index.sources) != 1:
         raise UsageError(f"{file}: holds {len(index.sources)} sources.", "Name a single one.")
     scene = open_scene(opened, index, index.sources[0])
@@ -182,9 +184,9 @@ def _opened(
         run = read_run_config(config)
         if domain is not None and domain != run.domain:
             raise UsageError(f"{encoder} is of the domain '{run.domain}', not '{domain}'.", "Leave out --domain.")
-        kind = load_domain(run.domain).Options
-        raw = {key: value for key, value in run.data.model_dump().items() if key not in LabelOptions.model_fields}
-        raw.pop("maps", None)
+        plugin = load_domain(run.domain)
+        kind, known = plugin.Options, {*plugin.truth_options, *LabelOptions.model_fields}
+        raw = {key: value for key, value in run.data.model_dump().items() if key not in known}
         options: BaseModel = validate(kind, _without_labels(kind, raw, overrides), "data", "command line")
         return open_domain(run.domain, options), [file]
     if domain is None and model.spec.reading is not None:

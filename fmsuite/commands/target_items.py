@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fmsuite.commands.labelled_windows import LabelledWindows
+from fmsuite.commands.labelled_windows import LabelledWindows, sides_of
 from fmsuite.commands.targets import OPTION, Kind, Target, Values
 from fmsuite.core.data.grouping import group_codes
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.evaluation.folds import Asked, Folds, folds_by_group, lonely
 from fmsuite.core.evaluation.fractions import bins_of
 from fmsuite.core.evaluation.results import Item
 from fmsuite.core.evaluation.splits import (
@@ -68,6 +69,7 @@ class TargetItems(LabelledWindows):
         by: By,
         seed: int,
         units: Units,
+        folds: Asked | None = None,
     ) -> TargetItems:
         """
         Args:
@@ -76,6 +78,7 @@ class TargetItems(LabelledWindows):
                 ``group_codes(index, "source")``; what is not known there is the index's.
             by: what an item is.
             seed: of the split, where one is made.
+            folds: as of ``LabelledWindows.of``.
 
         Raises:
             UsageError: if windows of one item contradict each other, or a side has nothing to learn or ask.
@@ -83,14 +86,20 @@ class TargetItems(LabelledWindows):
         _, source = group_codes(index, "source")
         groups = _filled([label.group for label in known], source, _texts(index, "group"))
         in_file = any(label.split is not None for label in known)
-        sides = [known[code].split for code in source.tolist()] if in_file else _texts(index, "split")
+        sides: list[str | None] = [known[code].split for code in source.tolist()] if in_file else _texts(index, "split")
         unit = {"window": units.window, "source": units.source, "group": units.group}[by]
         names, code = _items(index, by, source, groups)
 
         has_value = values.known[torch.from_numpy(source)]
+        notes: list[str] = []
         given = any(side is not None for side in sides)
+        if folds is not None and given:
+            notes.append("The sides of the split that the data name were not kept to: folds ask about everything.")
+            sides, given = [None] * len(sides), False
         on_a_side = np.array([not given or side in (TRAIN, TEST) for side in sides])
         usable = np.flatnonzero(has_value.numpy() & on_a_side)
+        if folds is not None and target.kind == "classes":
+            usable = _in_several_groups(usable, values, source, groups, notes)
         if not len(usable):
             raise UsageError(
                 f"No {unit} of which {', '.join(target.columns)} is known is on the sides '{TRAIN}' and '{TEST}'.",
@@ -105,11 +114,16 @@ class TargetItems(LabelledWindows):
         labels = values.target[torch.from_numpy(source[first])]
         _refuse_contradictions(values.target[torch.from_numpy(source[usable])], labels, item_of, ids, unit, target)
         classes, labels = _present(target.kind, values.names, labels)
-        split = given_split(item_sides) or _made(target.kind, labels, item_groups, classes, seed)
-        refuse_shared_groups(split, item_groups)
         group_names, position = np.unique(np.asarray(item_groups), return_inverse=True)
+        split: Split | Folds
+        if folds is not None:
+            kinds = _kinds(target.kind, labels)
+            must = classes if target.kind == "classes" else ()
+            split = folds_by_group(kinds, torch.from_numpy(position), folds, seed, must)
+        else:
+            split = given_split(item_sides) or _made(target.kind, labels, item_groups, classes, seed)
+            refuse_shared_groups(split, item_groups)
         total = len(np.unique(code))
-        notes = []
         if len(kept) < total:
             notes.append(f"Left out: {counted(total - len(kept), unit)} of which nothing is known, or on no side.")
         order = np.argsort(item_of, kind="stable")
@@ -141,25 +155,27 @@ class TargetItems(LabelledWindows):
                 on both sides and missing on both.
         """
         if self.kind == "classes":
-            refuse_missing_classes(self.split, self.labels, self.classes)
+            if not isinstance(self.split, Folds):
+                refuse_missing_classes(self.split, self.labels, self.classes)
             return
-        for name, side in ((TRAIN, self.split.train), (TEST, self.split.test)):
+        for name, side in sides_of(self.split) or [("all", self.split.test)]:
             values = self.labels[side]
             varies = (values == 1).any(0) & (values == 0).any(0) if self.kind == "findings" else values.std() > 0
             if len(values) < 2 or not bool(varies.any()):
                 what = "finding is both there and absent" if self.kind == "findings" else "number differs"
+                where = "Of all items" if name == "all" else f"On the side '{name}' of the split"
                 raise UsageError(
-                    f"On the side '{name}' of the split no {what} among {counted(len(values), self.unit)}.",
+                    f"{where} no {what} among {counted(len(values), self.unit)}.",
                     f"Label more, or name another column with {OPTION[self.kind]}.",
                 )
 
     @property
     def kinds(self) -> Tensor:
         """(I, C) bool, what the items are of, for shares that hold all of it."""
-        if self.kind == "findings":
-            return self.labels == 1
-        codes = self.labels if self.kind == "classes" else bins_of(self.labels)
-        return torch.nn.functional.one_hot(codes).bool()
+        return _kinds(self.kind, self.labels)
+
+    def rows_of(self, items: Tensor) -> Tensor:
+        return self.members[torch.isin(self.item_of, items)]
 
     def features(self, store: FeatureStore) -> Tensor:
         """(I, D) float32 mean over each item's windows."""
@@ -180,13 +196,20 @@ class TargetItems(LabelledWindows):
         members, owners = self.members[there], self.item_of[there]
         kept, item_of = owners.unique(return_inverse=True)
         starts = torch.searchsorted(item_of, torch.arange(len(kept) + 1))
+        labels, groups = self.labels[kept], self.groups[kept]
+        split: Split | Folds
+        if isinstance(self.split, Folds):
+            must = self.classes if self.kind == "classes" else ()
+            split = folds_by_group(_kinds(self.kind, labels), groups, self.split.asked, self.seed, must)
+        else:
+            split = self.split.among(kept)
         lost = f"{counted(int((~there).sum()), 'window')} and {counted(len(self) - len(kept), self.unit)}"
         found = replace(
             self,
             rows=members[(starts[:-1] + starts[1:]) // 2],
-            labels=self.labels[kept],
-            groups=self.groups[kept],
-            split=self.split.among(kept),
+            labels=labels,
+            groups=groups,
+            split=split,
             members=members,
             item_of=item_of,
             ids=[self.ids[number] for number in kept.tolist()],
@@ -197,19 +220,21 @@ class TargetItems(LabelledWindows):
 
     @property
     def said(self) -> str:
-        if not self.split.made or self.kind == "classes":
+        if not self.split.made or isinstance(self.split, Folds) or self.kind == "classes":
             return super().said
         alike = "findings" if self.kind == "findings" else "small and large numbers"
         return super().said.replace("classes alike", f"{alike} alike")
 
     def items(self) -> list[Item]:
-        side = dict.fromkeys(self.split.train.tolist(), TRAIN)
-        side |= dict.fromkeys(self.split.test.tolist(), TEST)
+        side = {item: name for name, members in sides_of(self.split) for item in members.tolist()}
         windows = torch.bincount(self.item_of, minlength=len(self)).tolist()
         found = []
         for number, name in enumerate(self.ids):
             item = Item(
-                id=name, group=self.group_names[int(self.groups[number])], split=side[number], windows=windows[number]
+                id=name,
+                group=self.group_names[int(self.groups[number])],
+                split=side.get(number),
+                windows=windows[number],
             )
             if self.kind == "classes":
                 item.label = int(self.labels[number])
@@ -219,6 +244,29 @@ class TargetItems(LabelledWindows):
                 item.findings = [None if value != value else int(value) for value in self.labels[number].tolist()]
             found.append(item)
         return found
+
+
+def _in_several_groups(
+    usable: np.ndarray, values: Values, source: np.ndarray, groups: Sequence[str], notes: list[str]
+) -> np.ndarray:
+    """The rows whose class is in several groups; says which are not."""
+    labels = values.target[torch.from_numpy(source[usable])]
+    names, position = np.unique(np.asarray(groups)[usable], return_inverse=True)
+    alone = lonely(labels, torch.from_numpy(position), len(values.names))
+    for code in alone:
+        group = names[position[int((labels == code).nonzero()[0])]]
+        notes.append(
+            f"Left out: everything of '{values.names[code]}', which is of one group ('{group}'): a classifier that has "
+            "not seen the group has not seen the class."
+        )
+    return usable[~np.isin(labels.numpy(), alone)]
+
+
+def _kinds(kind: Kind, labels: Tensor) -> Tensor:
+    """(I, C) bool, what each item is of."""
+    if kind == "findings":
+        return labels == 1
+    return torch.nn.functional.one_hot(labels if kind == "classes" else bins_of(labels)).bool()
 
 
 def _items(index: SampleIndex, by: By, source: np.ndarray, groups: Sequence[str]) -> tuple[list[str], np.ndarray]:

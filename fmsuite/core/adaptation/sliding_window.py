@@ -27,15 +27,17 @@ LEAST_WEIGHT = 1e-3
 
 @dataclass(frozen=True)
 class Stripe:
-    """Finished rows of the output.
+    """Finished rows of the output, or of one panel of it.
 
     Attributes:
         start: the first of them, along the input's first axis.
-        values: (K, rows, *rest) or (B, K, rows, *rest) float32.
+        values: (K, rows, columns, *rest) or (B, K, rows, columns, *rest) float32.
+        left: the first column, along the input's second axis.
     """
 
     start: int
     values: Tensor
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,40 +164,66 @@ def stream_windows(
     batch: int = 1,
     fill: float = 0.0,
     device: torch.device | str = "cpu",
+    panel: int | None = None,
 ) -> Iterator[Stripe]:
     """The same for an input that does not fit into memory: windows are read when they are needed, and rows are given
     out when no later window reaches them.
 
-    What is held is a stripe of the output as high as a window, its weights, and ``batch`` windows: memory grows with
-    the input's width and not with its height. A read never leaves the input.
+    What is held is a stripe of the output as high as a window, its weights, and ``batch`` windows. With ``panel`` the
+    output is made in panels along the second axis, one after the other from the first row to the last, so that memory
+    does not grow with the width either. Panels are cut from one plan: every window goes through the network in the
+    company that it has without panels and is added in the same order, so the result is the same, bit for bit. The
+    batches that reach over a panel's left side are computed again. A read never leaves the input.
 
     Args:
         network, window, overlap, blend, batch, fill, device: see ``sliding_window``.
         read: gives a box of the input.
         size: of the input; its first axis is the rows.
+        panel: least width of a panel in samples; a panel is wider by a batch of windows at the most.
 
     Yields:
-        The rows from first to last, each once, on ``device``.
+        The rows of each panel from first to last, each once, on ``device``.
     """
     plan = WindowPlan(tuple(size), tuple(window), overlap)
     _check_batch(batch)
     weights = plan.weights(blend).to(device)
     rows = plan.starts(0)
     columns = list(itertools.product(*(plan.starts(axis) for axis in range(1, len(plan.size)))))
-    stripe: _Accumulator | None = None
-    for number, row in enumerate(rows):
-        for first in range(0, len(columns), batch):
-            places = [(row, *column) for column in columns[first : first + batch]]
-            inputs = [_read_padded(read, plan, place, fill).to(device) for place in places]
-            outputs = _apply(network, inputs, plan.window)
-            if stripe is None:
-                stripe = _Accumulator(plan, outputs[0])
-            for place, output in zip(places, outputs, strict=True):
-                stripe.add(place, output, weights)
-        assert stripe is not None
-        until = rows[number + 1] if number + 1 < len(rows) else plan.size[0]
-        if until > stripe.row:
-            yield stripe.finish(until)
+    groups = [columns[first : first + batch] for first in range(0, len(columns), batch)]
+    for left, right, members in _panels(plan, groups, panel):
+        stripe: _Accumulator | None = None
+        for number, row in enumerate(rows):
+            for group in members:
+                places = [(row, *column) for column in group]
+                inputs = [_read_padded(read, plan, place, fill).to(device) for place in places]
+                outputs = _apply(network, inputs, plan.window)
+                if stripe is None:
+                    stripe = _Accumulator(plan, outputs[0], left, right)
+                for place, output in zip(places, outputs, strict=True):
+                    stripe.add(place, output, weights)
+            assert stripe is not None
+            until = rows[number + 1] if number + 1 < len(rows) else plan.size[0]
+            if until > stripe.row:
+                yield stripe.finish(until)
+
+
+Group = list[tuple[int, ...]]
+"""Windows that go through the network together: where they begin along all axes but the first."""
+
+
+def _panels(plan: WindowPlan, groups: list[Group], panel: int | None) -> Iterator[tuple[int, int, list[Group]]]:
+    """From where to where each panel reaches along the second axis, and the groups with a window in it."""
+    if len(plan.size) == 1:
+        yield 0, 1, groups
+        return
+    width, window = plan.size[1], plan.window[1]
+    borders = [0]
+    for group in groups:
+        if panel is not None and group[0][0] - borders[-1] >= panel:
+            borders.append(group[0][0])
+    borders.append(width)
+    for left, right in itertools.pairwise(borders):
+        yield left, right, [g for g in groups if any(c[0] < right and c[0] + window > left for c in g)]
 
 
 def _check_batch(batch: int) -> None:
@@ -230,28 +258,36 @@ def _apply(network: Network, inputs: list[Tensor], window: tuple[int, ...]) -> l
 
 
 class _Accumulator:
-    """Rows of the output that windows still reach.
+    """Rows of the output, or of a panel, that windows still reach.
 
     Attributes:
         row: the first of them.
     """
 
-    def __init__(self, plan: WindowPlan, like: Tensor) -> None:
+    def __init__(self, plan: WindowPlan, like: Tensor, left: int, right: int) -> None:
         self.plan = plan
         self.row = 0
-        height = min(plan.window[0], plan.size[0])
-        # (..., K, rows, *rest): what comes before the window's axes is the network's.
+        self.left, self.right = left, right
+        # (..., K, rows, columns, *rest): what comes before the window's axes is the network's.
         self.lead = like.dim() - len(plan.size)
-        self.values = like.new_zeros((*like.shape[: self.lead], height, *plan.size[1:]))
-        self.weights = like.new_zeros((height, *plan.size[1:]))
+        shape = [min(plan.window[0], plan.size[0]), *plan.size[1:]]
+        shape[1:2] = [right - left] * (len(shape) > 1)
+        self.values = like.new_zeros((*like.shape[: self.lead], *shape))
+        self.weights = like.new_zeros(shape)
 
     def add(self, place: tuple[int, ...], output: Tensor, weights: Tensor) -> None:
         target: list[Any] = []
         source: list[Any] = []
         for axis, (start, length, size) in enumerate(zip(place, self.plan.window, self.plan.size, strict=True)):
-            begin, end = max(0, start), min(size, start + length)
+            low, high, shift = 0, size, 0
+            if axis == 0:
+                shift = self.row
+            elif axis == 1:
+                low, high, shift = self.left, self.right, self.left
+            begin, end = max(low, start), min(high, start + length)
+            if begin >= end:
+                return
             source.append(slice(begin - start, end - start))
-            shift = self.row if axis == 0 else 0
             target.append(slice(begin - shift, end - shift))
         seen = weights[tuple(source)]
         self.values[(..., *target)] += output[(..., *source)] * seen
@@ -262,7 +298,7 @@ class _Accumulator:
         count = until - self.row
         axis = self.lead
         done = self.values.narrow(axis, 0, count) / self.weights[:count]
-        stripe = Stripe(self.row, done)
+        stripe = Stripe(self.row, done, self.left)
         kept = len(self.weights) - count
         for tensor, along in ((self.values, axis), (self.weights, 0)):
             rest = tensor.narrow(along, count, kept).clone()

@@ -15,7 +15,7 @@ them. No path in it is absolute but those of the sources.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,7 @@ from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.packed_files import AGAIN, INDEX, METADATA, PACKING, read_json, write_json, wrong_file
 from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.core.zarr_arrays import Damaged
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
 
@@ -111,6 +112,8 @@ class PackedSource:
         dtype: of the values as they are read, which may be kept in half precision.
         arrays: names of its arrays.
         scene: its scene, if the domain has them.
+        coords: as in ``ArraySample``, by axis a dtype and the values, of the whole source; those of its first axis.
+        gaps: windows without a valid sample are given rather than refused.
     """
 
     source: str
@@ -122,6 +125,8 @@ class PackedSource:
     dtype: str
     arrays: tuple[str, ...]
     scene: SceneFacts | None
+    coords: dict[str, tuple[str, tuple[float, ...]]] = field(default_factory=dict)
+    gaps: bool = False
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> PackedSource:
@@ -130,7 +135,17 @@ class PackedSource:
             scene = SceneFacts(**{name: tuple(value) for name, value in scene.items()})
         lists = {name: tuple(raw[name]) for name in ("low", "pitch", "size", "arrays")}
         spacing = None if raw["spacing"] is None else tuple(raw["spacing"])
-        return cls(raw["source"], raw["number"], spacing=spacing, dtype=raw["dtype"], scene=scene, **lists)
+        coords = {name: (dtype, tuple(values)) for name, (dtype, values) in raw.get("coords", {}).items()}
+        return cls(
+            raw["source"],
+            raw["number"],
+            spacing=spacing,
+            dtype=raw["dtype"],
+            scene=scene,
+            coords=coords,
+            gaps=raw.get("gaps", False),
+            **lists,
+        )
 
     def place(self, position: Sequence[float]) -> tuple[int, ...]:
         """The sample that begins at a position."""
@@ -216,12 +231,16 @@ class PackedScenes:
             )
         arrays = {name: self._box(kept, name, start, size) for name in kept.arrays}
         valid = arrays.get(VALID)
-        if valid is not None and not valid.any():
+        if not kept.gaps and valid is not None and not valid.any():
             raise ReadFailure(kept.source, "read", "a window without a valid sample.", "It is left out.")
         return ArraySample(
             arrays[VALUES].astype(kept.dtype, copy=False),
             None if valid is None or valid.all() else valid,
-            spacing=kept.spacing,
+            {
+                name: np.array(values[start[0] : start[0] + size[0]], dtype=dtype)
+                for name, (dtype, values) in kept.coords.items()
+            },
+            kept.spacing,
             maps={unquote(name.removeprefix(MAP)): array for name, array in arrays.items() if name.startswith(MAP)},
         )
 
@@ -259,7 +278,9 @@ class PackedScene(Scene):
         self.size, self.origin, self.pitch = facts.size, facts.origin, facts.pitch
         self.native_size, self.native_spacing = facts.native_size, facts.native_spacing
         self._domain, self._index, self._reader, self._kept = domain, index, reader, kept
-        self._start = kept.place(facts.origin)
+        # Axes that a scene does not have (dates) are read whole.
+        self._others = len(kept.size) - len(facts.size)
+        self._start = kept.place((*kept.low[: self._others], *facts.origin))
 
     @cached_property
     def _native(self) -> Scene:
@@ -273,16 +294,33 @@ class PackedScene(Scene):
         """
         if any(a < 0 or n < 1 or a + n > limit for a, n, limit in zip(start, extent, self.size, strict=True)):
             raise ValueError(f"a box at {tuple(start)} of {tuple(extent)} in a scene of {self.size}")
-        return self._reader.box(self._kept, [a + b for a, b in zip(start, self._start, strict=True)], extent)
+        others = self._kept.size[: self._others]
+        first = [a + b for a, b in zip((*[0] * len(others), *start), self._start, strict=True)]
+        return self._reader.box(self._kept, first, (*others, *extent))
 
     def native_map(self, name: str) -> Array:
         return self._native.native_map(name)
 
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        return self._native.native_map_part(name, start, extent)
+
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         return self._native.scores_to_native(scores, outside)
 
+    def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
+        return self._native.locate(place)
+
+    def from_file(self, place: Sequence[int]) -> tuple[int, ...]:
+        return self._native.from_file(place)
+
+    def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
+        return self._native.from_world(place)
+
     def write(self, values: Array, path: Path) -> Path:
         return self._native.write(values, path)
+
+    def writer(self, path: Path, what: MapKind) -> SceneWriter:
+        return self._native.writer(path, what)
 
 
 def open_scene(domain: Domain, index: SampleIndex, source: str) -> Scene:

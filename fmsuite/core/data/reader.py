@@ -16,6 +16,8 @@ class Reader(Protocol):
 
     A class that says ``anywhere = True`` reads a window of the index's extent at any place of its grid within the
     source, and not only the index's own windows (``core.data.sampling``). Without it, windows stay where they are.
+    One that also says ``piecewise = True`` reads windows of any extent, at the cost of that window alone, and gives
+    those without a valid sample as they are; sources of any size can then be packed whole (``scene_packing``).
     """
 
     def read(self, window: Window) -> Sample:
@@ -24,6 +26,11 @@ class Reader(Protocol):
             ReadFailure: for whatever is wrong with the file or this part of it. Anything else is a bug.
         """
         ...
+
+
+def is_piecewise(reader: Reader) -> bool:
+    """See ``Reader``."""
+    return bool(getattr(reader, "piecewise", False))
 
 
 @runtime_checkable

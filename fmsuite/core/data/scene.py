@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fmsuite.core.data.sample import Array, ArraySample
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter, WholeWriter
 from fmsuite.errors import UsageError
 
 
@@ -17,11 +18,11 @@ class Scene(ABC):
 
     The *input's grid* is that of a reader's windows: the input's axes, orientation and spacing. The *native grid* is
     that of the file: its axes in its own order and direction. A domain may leave out margins that show nothing; what
-    a prediction says there is ``outside``.
+    a prediction says there is ``outside``. Only spatial axes count: a box of a series is read with all dates.
 
     Attributes:
         source: as in ``Window.source``.
-        size: samples along each of the input's axes.
+        size: samples along each of the input's spatial axes.
         origin, pitch: where sample 0 begins, and how long a sample is, along each of the input's axes in the
             coordinates of ``Window.position``.
         native_size: samples along each axis of the native grid.
@@ -52,6 +53,10 @@ class Scene(ABC):
             UsageError: if the options name no such map.
         """
 
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        """A box of ``native_map``."""
+        return self.native_map(name)[tuple(slice(s, s + n) for s, n in zip(start, extent, strict=True))]
+
     @abstractmethod
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         """(K, *size) float32 to (K, *native_size), interpolated linearly."""
@@ -67,6 +72,14 @@ class Scene(ABC):
         Returns:
             The file's path.
         """
+
+    def writer(self, path: Path, what: MapKind) -> SceneWriter:
+        """Writes a map as ``write`` does, box by box of what is said on the input's grid.
+
+        Args:
+            path: without a suffix.
+        """
+        return WholeWriter(self, path, what)
 
     def place(self, samples: Array) -> Array:
         """Places on the input's grid, (..., D) counted in samples (sample k covers k to k + 1), to the coordinates of
@@ -87,6 +100,11 @@ class Scene(ABC):
             found.append(float(shown[(0, *place)]))
         return None if np.isnan(found).any() else tuple(found)
 
+    def from_file(self, place: Sequence[int]) -> tuple[int, ...]:
+        """The sample of the native grid that somebody means who counts samples as the field does (of a raster column
+        first, then row); it may lie outside of ``native_size``."""
+        return tuple(place)
+
     def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
         """The sample of the native grid that holds a point of the source's world coordinates (of a volume millimetres
         in RAS); it may lie outside of ``native_size``.
@@ -99,7 +117,41 @@ class Scene(ABC):
     def labels_to_native(self, scores: Array) -> Array:
         """(K, *size) float32 to (*native_size) uint8: the class with the highest interpolated score, and class 0 where
         the scene shows nothing."""
-        if len(scores) > np.iinfo(np.uint8).max:
-            raise ValueError(f"{len(scores)} classes do not fit into 8 bits")
-        native = self.scores_to_native(scores, outside=float("-inf"))
-        return native.argmax(axis=0).astype(np.uint8)
+        native: Array = MapKind("classes").stored(self.scores_to_native(scores, outside=float("-inf")))[0]
+        return native
+
+
+class WrappedScene(Scene):
+    """A scene that is another one but for what a subclass changes."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.source, self.size, self.origin, self.pitch = scene.source, scene.size, scene.origin, scene.pitch
+        self.native_size, self.native_spacing = scene.native_size, scene.native_spacing
+
+    def read(self, start: Sequence[int], extent: Sequence[int]) -> ArraySample:
+        return self.scene.read(start, extent)
+
+    def native_map(self, name: str) -> Array:
+        return self.scene.native_map(name)
+
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        return self.scene.native_map_part(name, start, extent)
+
+    def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
+        return self.scene.scores_to_native(scores, outside)
+
+    def write(self, values: Array, path: Path) -> Path:
+        return self.scene.write(values, path)
+
+    def writer(self, path: Path, what: MapKind) -> SceneWriter:
+        return self.scene.writer(path, what)
+
+    def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
+        return self.scene.locate(place)
+
+    def from_file(self, place: Sequence[int]) -> tuple[int, ...]:
+        return self.scene.from_file(place)
+
+    def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
+        return self.scene.from_world(place)

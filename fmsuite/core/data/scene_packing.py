@@ -6,33 +6,33 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
-from fmsuite.core.data.boxes import write_boxes
+from fmsuite.core.data.boxes import chunk_of
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.packed_files import INDEX, METADATA, read_json, write_json, wrong_file
 from fmsuite.core.data.packed_scenes import (
     FORMAT,
-    MAP,
     RECORD,
     SOURCES,
     TABLE,
-    VALID,
-    VALUES,
     PackedSource,
     SceneFacts,
     SourcePacking,
     check_table,
 )
-from fmsuite.core.data.reader import Reader
-from fmsuite.core.data.sample import Array, ArraySample
+from fmsuite.core.data.reader import Reader, is_piecewise
+from fmsuite.core.data.sample import Array, ArraySample, Sample
 from fmsuite.core.data.sampling import bounds_of
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.shards import file_digest
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.data.source_writer import SourceWriter
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
+
+PIECE_BYTES = 128 * 2**20
+"""Of values, that are read at once of a source that can be read in pieces."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,25 @@ class Origins:
     half: bool = False
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """A source on the grid of its windows.
+
+    Attributes:
+        low, pitch, size: as in ``PackedSource``.
+        scene: its scene, if the domain has them.
+        read: a box of it, from its first sample and its size.
+    """
+
+    low: Array
+    pitch: Array
+    size: tuple[int, ...]
+    scene: Scene | None
+    read: Callable[[tuple[int, ...], tuple[int, ...]], Sample]
+
+
 def pack_source(origins: Origins, folder: Path, number: int) -> None:
-    """Read one source whole, and write it. Its record is written last, and makes it count.
+    """Write one source whole, in pieces if its reader gives them. Its record is written last, and makes it count.
 
     Raises:
         UsageError: if samples are not plain arrays, or the reader cannot read so much at once.
@@ -66,8 +83,9 @@ def pack_source(origins: Origins, folder: Path, number: int) -> None:
         shutil.rmtree(home)
     source = origins.index.sources[number]
     try:
-        kept, sample = _whole(origins, source, number)
+        kept, files = _packed(origins, home, source, number)
     except ReadFailure as failure:
+        shutil.rmtree(home, ignore_errors=True)
         skipped = [failure.path, failure.stage, f"{failure.reason} {failure.hint}".strip()]
         write_json(home / RECORD, {"source": source, "skipped": skipped, "files": {}})
         return
@@ -76,86 +94,96 @@ def pack_source(origins: Origins, folder: Path, number: int) -> None:
     except Exception as error:
         error.add_note(f"This happened in {source}.")
         raise
-    files: dict[Path, tuple[int, str]] = {}
-    for name, values in _arrays(sample).items():
-        files |= write_boxes(home / name, _halved(source, values) if origins.half else values, len(kept.size))
     named = {path.relative_to(folder).as_posix(): facts for path, facts in files.items()}
     write_json(home / RECORD, {**asdict(kept), "files": named})
 
 
-def _whole(origins: Origins, source: str, number: int) -> tuple[PackedSource, ArraySample]:
-    """A source on the grid of its windows: the box around them and its scene."""
+def _packed(origins: Origins, home: Path, source: str, number: int) -> tuple[PackedSource, dict[Path, tuple[int, str]]]:
+    whole = _whole(origins, source)
+    with SourceWriter(source, home, whole.size, origins.half) as writer:
+        for start, sample in _pieces(whole, origins.reader):
+            writer.add(start, sample)
+        files = writer.finish()
+    first = writer.first
+    assert first is not None
+    kept = PackedSource(
+        source,
+        number,
+        tuple(whole.low.tolist()),
+        tuple(whole.pitch.tolist()),
+        whole.size,
+        None if first.spacing is None else tuple(map(float, first.spacing)),
+        first.values.dtype.name,
+        writer.names,
+        None if whole.scene is None else SceneFacts.of(whole.scene),
+        {name: (values.dtype.name, tuple(values.tolist())) for name, values in first.coords.items()},
+        is_piecewise(origins.reader),
+    )
+    return kept, files
+
+
+def _whole(origins: Origins, source: str) -> _Whole:
+    """The box around a source's windows and its scene."""
     rows = origins.index.where("source", source)
     window, bounds = rows[0], bounds_of(rows)[source]
     extents = {tuple(extent) for extent in rows.table.column("extent").to_pylist()}
     if len(extents) > 1:
         raise UsageError(f"{source} has windows of {len(extents)} extents.", "Pack an index of one window size.")
-    pitch = np.asarray(window.extent) / origins.size
-    low, high = bounds.low, bounds.high
+    size = origins.size
+    if is_piecewise(origins.reader):
+        # Of a series that is shorter than others, the input's size is not the window's.
+        size = getattr(origins.reader.read(window), "size", size)
+    pitch = np.asarray(window.extent) / size
+    low, high = bounds.low.copy(), bounds.high.copy()
     scene = None if origins.scene is None else origins.scene(source)
     if scene is not None:
-        if not np.allclose(scene.pitch, pitch, rtol=1e-6):
+        axes = slice(len(pitch) - len(scene.pitch), None)
+        if not np.allclose(scene.pitch, pitch[axes], rtol=1e-6):
             raise ValueError(f"a sample of the scene of {source} measures {scene.pitch}, one of its windows {pitch}")
-        low = np.minimum(low, scene.origin)
-        high = np.maximum(high, scene.place(np.asarray(scene.size)))
-    size = tuple(np.round((high - low) / pitch).astype(int).tolist())
-    if scene is not None and size == tuple(scene.size):
-        # Opening a scene has read the source already.
-        sample = scene.read((0,) * len(size), size)
-    else:
-        whole = Window(source, window.group, tuple(low.tolist()), tuple((high - low).tolist()), window.spacing)
-        read = origins.reader.read(whole)
-        if type(read) is not ArraySample or read.coords:
+        low[axes] = np.minimum(low[axes], scene.origin)
+        high[axes] = np.maximum(high[axes], scene.place(np.asarray(scene.size)))
+    whole = tuple(np.round((high - low) / pitch).astype(int).tolist())
+    if scene is not None and whole == tuple(scene.size):
+        # Opening a scene has read the source already, if it is not read in pieces.
+        return _Whole(low, pitch, whole, scene, scene.read)
+
+    def read(start: tuple[int, ...], extent: tuple[int, ...]) -> Sample:
+        position = tuple((low + np.asarray(start) * pitch).tolist())
+        return origins.reader.read(
+            Window(source, window.group, position, tuple((np.asarray(extent) * pitch).tolist()), window.spacing)
+        )
+
+    return _Whole(low, pitch, whole, scene, read)
+
+
+def _pieces(whole: _Whole, reader: Reader) -> Iterator[tuple[tuple[int, ...], ArraySample]]:
+    """All of a source at once, or strips of whole chunks of about ``PIECE_BYTES`` along its last axis but one.
+
+    Raises:
+        UsageError: if samples are not plain arrays, or the reader cannot read so much at once.
+    """
+    axis = max(0, len(whole.size) - 2)
+    edge = chunk_of(whole.size)[axis] if is_piecewise(reader) else whole.size[axis]
+    begin, length = 0, edge
+    while begin < whole.size[axis]:
+        start, extent = [0] * len(whole.size), list(whole.size)
+        start[axis], extent[axis] = begin, min(length, whole.size[axis] - begin)
+        sample = whole.read(tuple(start), tuple(extent))
+        if type(sample) is not ArraySample or any(values.shape != (extent[0],) for values in sample.coords.values()):
             raise UsageError(
-                f"{type(origins.reader).__name__} gives more than plain arrays on a grid (drawings, dates), and "
-                "no whole sources.",
+                f"{type(reader).__name__} gives more than plain arrays on a grid (drawings, bags), and no whole "
+                "sources.",
                 "Pack its windows, without --whole.",
             )
-        sample = read
-    if sample.size != size:
-        raise UsageError(
-            f"{type(origins.reader).__name__} reads windows of one size only, and no whole sources: {size} samples "
-            f"of {source} came as {sample.size}.",
-            "Pack its windows, without --whole.",
-        )
-    kept = PackedSource(
-        source,
-        number,
-        tuple(low.tolist()),
-        tuple(pitch.tolist()),
-        size,
-        None if sample.spacing is None else tuple(map(float, sample.spacing)),
-        sample.values.dtype.name,
-        tuple(_arrays(sample)),
-        None if scene is None else SceneFacts.of(scene),
-    )
-    return kept, sample
-
-
-def _halved(source: str, values: Array) -> Array:
-    """
-    Raises:
-        UsageError: if a value is too large for half precision.
-    """
-    if values.dtype.kind != "f":
-        return values
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    finite = np.isfinite(values)
-    if not np.isfinite(half[finite]).all():
-        raise UsageError(
-            f"{source} has values of up to {np.abs(values[finite]).max():g}, and half precision ends at "
-            f"{np.finfo(np.float16).max:g}.",
-            "Pack it without --half.",
-        )
-    return half
-
-
-def _arrays(sample: ArraySample) -> dict[str, Array]:
-    arrays = {VALUES: sample.values}
-    if sample.valid is not None and not sample.valid.all():
-        arrays[VALID] = sample.valid
-    return arrays | {MAP + quote(name, safe=""): labels for name, labels in sample.maps.items()}
+        if sample.size != tuple(extent):
+            raise UsageError(
+                f"{type(reader).__name__} reads windows of one size only, and no whole sources: {tuple(extent)} "
+                f"samples came as {sample.size}.",
+                "Pack its windows, without --whole.",
+            )
+        yield tuple(start), sample
+        begin += extent[axis]
+        length = edge * max(1, PIECE_BYTES * extent[axis] // (sample.values.nbytes * edge))
 
 
 def unfinished_sources(folder: Path, packing: SourcePacking) -> list[int]:

@@ -16,6 +16,7 @@ from fmsuite.core.evaluation.linear import fit_linear
 from fmsuite.core.evaluation.multilabel import multilabel_scores
 from fmsuite.core.evaluation.numbers import averages, defined
 from fmsuite.core.evaluation.results import Episode, Evaluation
+from fmsuite.core.evaluation.splits import Split, trained_on
 from fmsuite.core.evaluation.tiles import RESCALED
 from fmsuite.core.seeding import derive
 
@@ -114,8 +115,7 @@ def judge_findings(
     target: Tensor,
     names: Sequence[str],
     groups: Tensor,
-    shown: Sequence[Tensor],
-    asked: Tensor,
+    draws: Sequence[Sequence[Split]],
     *,
     encoder: str,
     seed: int,
@@ -131,30 +131,36 @@ def judge_findings(
         task: name in ``FINDINGS_TASKS``.
         features: (I, D) float32 of every item. target: (I, K) 0, 1, or NaN for unknown. groups: (I,) int64.
         names: of the K findings.
-        shown, asked, encoder, seed, fraction: as of ``numbers.judge_numbers``.
+        draws, encoder, seed, fraction: as of ``numbers.judge_numbers``.
         rescale: as of ``tiles.judge``.
     """
+    asked = torch.cat([part.test for part in draws[0]])
     truth, known = target[asked] > 0.5, ~target[asked].isnan()
     called = {f"{metric}/{k}": f"{metric}/{name}" for metric in ("auroc", "map") for k, name in enumerate(names)}
     called = {**{name: name for name in OVERALL}, **called}
     told, episodes, notes = [], [], dict[str, None]()
     settings: dict[str, Any] = {}
-    for rows in shown:
-        train, test = features[rows], features[asked]
-        if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
-            train, test = train / size, test / size
-            notes[RESCALED] = None
-        answer = FINDINGS_TASKS[task].answer(train, target[rows], test, names)
-        told.append(answer.scores)
-        values = multilabel_scores(answer.scores, truth, known=known)
+    for parts in draws:
+        said = []
+        for part in parts:
+            train, test = features[part.train], features[part.test]
+            if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
+                train, test = train / size, test / size
+                notes[RESCALED] = None
+            answer = FINDINGS_TASKS[task].answer(train, target[part.train], test, names)
+            said.append(answer.scores)
+            notes.update(dict.fromkeys(answer.notes))
+            settings = answer.settings
+        told.append(torch.cat(said))
+        values = multilabel_scores(told[-1], truth, known=known)
         answers: list[list[float]] = [[] for _ in range(len(target))]
-        for item, scores in zip(asked.tolist(), answer.scores.tolist(), strict=True):
+        for item, scores in zip(asked.tolist(), told[-1].tolist(), strict=True):
             answers[item] = scores
         metrics = defined({name: values[key] for key, name in called.items()})
-        support = None if fraction is None else rows.tolist()
+        support = parts[0].train.tolist() if fraction is not None and len(parts) == 1 else None
         episodes.append(Episode(seed=seed, support=support, metrics=metrics, answers=answers))
-        notes.update(dict.fromkeys(answer.notes))
-        settings = answer.settings
+    if len(draws[0]) > 1:
+        settings = {**settings, **trained_on(draws[0], groups)}
 
     def averaged(weights: Tensor) -> dict[str, Tensor]:
         drawn = [multilabel_scores(each, truth, weights=weights, known=known) for each in told]

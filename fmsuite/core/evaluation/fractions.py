@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmsuite.core.evaluation.folds import Folds
+from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.seeding import generator
 from fmsuite.errors import UsageError
 
@@ -87,6 +89,22 @@ def nested_shares(
             count = min(len(order), max(least, math.ceil(share * len(order) - 1e-9)))
             chosen = torch.isin(groups[side], torch.tensor(order[:count]))
             found[share].append(side[chosen])
+    return found
+
+
+def shares_of_sides(
+    kinds: Tensor, groups: Tensor, split: Split | Folds, fractions: Sequence[float], seed: int
+) -> dict[float, list[list[Split]]]:
+    """``nested_shares`` of the training side of every fold (a single split is one).
+
+    Returns:
+        By share, for each draw the sides of each fold, of which only the share is trained on.
+    """
+    found: dict[float, list[list[Split]]] = {share: [[] for _ in range(DRAWS)] for share in fractions}
+    for part in split.parts:
+        for share, drawn in nested_shares(kinds, groups, part.train, fractions, seed).items():
+            for parts, rows in zip(found[share], drawn, strict=True):
+                parts.append(Split(rows, part.test, part.made))
     return found
 
 

@@ -15,6 +15,7 @@ from fmsuite.core.evaluation.knn import nearest_rows
 from fmsuite.core.evaluation.regression import METRICS, regression_scores
 from fmsuite.core.evaluation.results import Episode, Estimate, Evaluation
 from fmsuite.core.evaluation.ridge import FOLDS, STRENGTHS, fit_ridge_cv
+from fmsuite.core.evaluation.splits import Split, trained_on
 from fmsuite.core.evaluation.statistics import summarise
 from fmsuite.core.seeding import derive
 
@@ -98,8 +99,7 @@ def judge_numbers(
     features: Tensor,
     target: Tensor,
     groups: Tensor,
-    shown: Sequence[Tensor],
-    asked: Tensor,
+    draws: Sequence[Sequence[Split]],
     *,
     encoder: str,
     seed: int,
@@ -110,8 +110,8 @@ def judge_numbers(
     Args:
         task: name in ``NUMBER_TASKS``.
         features: (I, D) float32 of every item. target: (I,) finite. groups: (I,) int64.
-        shown: int64 positions to train on, for each draw.
-        asked: (Q,) int64 positions to ask about.
+        draws: for each draw the sides of each fold; a single split is one. The folds of every draw ask about the same
+            items, each once, and their answers are put together before they are scored.
         encoder: name of what made the features.
         seed: of folds and bootstrap, the same for every encoder.
         fraction: share of the training groups; ``None`` for the whole training side, which is the one draw.
@@ -119,19 +119,27 @@ def judge_numbers(
     Raises:
         UsageError: as the task.
     """
-    truth, numbers, episodes, notes = target[asked], [], [], dict[str, None]()
+    numbers, episodes, notes = [], [], dict[str, None]()
     settings: dict[str, Any] = {}
-    for rows in shown:
-        said = NUMBER_TASKS[task].answer(features[rows], target[rows], groups[rows], features[asked], seed)
-        numbers.append(said.numbers)
-        metrics = defined(regression_scores(said.numbers, truth))
+    asked = torch.cat([part.test for part in draws[0]])
+    truth = target[asked]
+    for parts in draws:
+        told = []
+        for part in parts:
+            rows = part.train
+            said = NUMBER_TASKS[task].answer(features[rows], target[rows], groups[rows], features[part.test], seed)
+            told.append(said.numbers)
+            notes.update(dict.fromkeys(said.notes))
+            settings = said.settings
+        numbers.append(torch.cat(told))
+        metrics = defined(regression_scores(numbers[-1], truth))
         answers: list[list[float]] = [[] for _ in range(len(target))]
-        for item, number in zip(asked.tolist(), said.numbers.tolist(), strict=True):
+        for item, number in zip(asked.tolist(), numbers[-1].tolist(), strict=True):
             answers[item] = [number]
-        support = None if fraction is None else rows.tolist()
+        support = parts[0].train.tolist() if fraction is not None and len(parts) == 1 else None
         episodes.append(Episode(seed=seed, support=support, metrics=metrics, answers=answers))
-        notes.update(dict.fromkeys(said.notes))
-        settings = said.settings
+    if len(draws[0]) > 1:
+        settings = {**settings, **trained_on(draws[0], groups)}
 
     def averaged(weights: Tensor) -> dict[str, Tensor]:
         drawn = [regression_scores(each, truth, weights) for each in numbers]

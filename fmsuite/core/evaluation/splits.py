@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class Split:
     train: Tensor
     test: Tensor
     made: bool = False
+
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """Itself: of folds there are several."""
+        return (self,)
 
     def among(self, kept: Tensor) -> Split:
         """The same sides of some of the items, numbered anew.
@@ -186,6 +192,12 @@ def _fill(counts: np.ndarray, share: float, orders: np.ndarray) -> np.ndarray:
         asked[attempts, group] = side
         have[attempts, side.astype(np.int64)] += counts[group]
     return asked
+
+
+def trained_on(parts: Sequence[Split], groups: Tensor) -> dict[str, Any]:
+    """Settings of folds: how many there are, and how many groups they train on at least and at most."""
+    counts = [len(groups[part.train].unique()) for part in parts]
+    return {"folds": len(parts), "training_groups": [min(counts), max(counts)]}
 
 
 def shuffled_labels(labels: Tensor, groups: Tensor, seed: int, number: int = 0) -> Tensor:

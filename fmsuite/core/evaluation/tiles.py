@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmsuite.core.evaluation.folds import Folds
 from fmsuite.core.evaluation.knn import knn_scores
 from fmsuite.core.evaluation.linear import Form, fit_linear
 from fmsuite.core.evaluation.metrics import METRICS, confusion, score
 from fmsuite.core.evaluation.prototypes import fit_prototypes, prototype_distances, prototype_scores
 from fmsuite.core.evaluation.results import Episode, Estimate, Evaluation
-from fmsuite.core.evaluation.splits import Split, shuffled_labels
+from fmsuite.core.evaluation.splits import Split, shuffled_labels, trained_on
 from fmsuite.core.evaluation.statistics import Scored, bootstrap, summarise
 from fmsuite.core.seeding import derive
 
@@ -97,7 +98,7 @@ def judge(
     features: Tensor,
     labels: Tensor,
     groups: Tensor,
-    split: Split,
+    split: Split | Folds,
     classes: int,
     *,
     encoder: str,
@@ -105,9 +106,10 @@ def judge(
     shuffled: bool = False,
     rescale: bool = False,
     share: float | None = None,
-    shown: Sequence[Tensor] = (),
+    shown: Sequence[Sequence[Split]] = (),
 ) -> Evaluation:
-    """Ask the test side after training on the whole training side, or on several draws of a share of its groups.
+    """Ask the test side after training on the whole training side, or on several draws of a share of its groups. Of
+    folds, answers to all items are put together before anything is scored: one answer for each.
 
     Args:
         task: name in ``TASKS``.
@@ -117,38 +119,49 @@ def judge(
         shuffled: the control: labels are shuffled by group within each side, ``SHUFFLES`` times, each an episode, as
             few-shot draws do. (Were those that are asked left as they are, classes of unequal size and spread would be
             off chance without any leak: the larger is answered where groups lie mixed, and one group's label where they
-            do not.) The interval is that of the mean over shuffles, which are independent draws: one shuffle gives all
-            windows that look alike the same wrong label, which a bootstrap over the groups that were asked knows
-            nothing of. It has 99% confidence, as it raises an alarm where it misses chance.
+            do not.) Of folds, what is learned and what is asked are two shuffles of all items. (With one of both,
+            leaving a group out would leave its label out, and chance would be missed downwards.) The interval is that
+            of the mean over shuffles, which are independent draws: one shuffle gives all windows that look alike the
+            same wrong label, which a bootstrap over the groups that were asked knows nothing of. It has 99% confidence,
+            as it raises an alarm where it misses chance.
         rescale: divide the features by their root mean square on the training side. The penalty of the linear probes
             presumes the scale of features after a layer norm; much smaller ones (shares of a histogram) it holds down.
-        share: of the training groups, ``None`` for all of them; then ``shown`` holds the items of each draw, and
-            metrics are averaged over these.
+        share: of the training groups, ``None`` for all of them; then ``shown`` holds the sides of each draw, for each
+            fold, and metrics are averaged over the draws.
     """
     scored, episodes, notes = [], [], dict[str, None]()
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     settings: dict[str, Any] = {}
-    rounds = [split.train] * (SHUFFLES if shuffled else 1) if share is None else shown
-    for number, rows in enumerate(rounds):
-        train, test = features[rows], features[split.test]
-        if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
-            train, test = train / size, test / size
-            notes[RESCALED] = None
+    asked = split.test
+    place = torch.full((len(labels),), -1)
+    place[asked] = torch.arange(len(asked))
+    rounds = [split.parts] * (SHUFFLES if shuffled else 1) if share is None else shown
+    for number, parts in enumerate(rounds):
         own = derive(seed, "shuffle", number) >> 31 if shuffled else seed
-        known, target = (
-            shuffled_labels(labels[side], groups[side], own, role) if shuffled else labels[side]
-            for role, side in enumerate((rows, split.test))
-        )
-        answer = TASKS[task].answer(train, known, test, classes)
+        known, target = _shuffled(labels, groups, split, own) if shuffled else (labels, labels)
+        scores: list[Tensor] = []
+        rows: list[Tensor] = []
+        for part in parts:
+            train, test = features[part.train], features[part.test]
+            if rescale and (size := train.double().square().mean().sqrt().item()) > 0:
+                train, test = train / size, test / size
+                notes[RESCALED] = None
+            answer = TASKS[task].answer(train, known[part.train], test, classes)
+            scores.append(answer.scores)
+            rows.append(part.test)
+            notes.update(dict.fromkeys(answer.notes))
+            settings = answer.settings
+        of_all = torch.cat(scores)[place[torch.cat(rows)].argsort()]
+        predicted = of_all.argmax(1)
         predictions = torch.full((len(labels),), -1)
-        predictions[split.test] = answer.predicted
-        metrics = score(answer.scores, answer.predicted, target, classes)
-        support = None if share is None else rows.tolist()
+        predictions[asked] = predicted
+        metrics = score(of_all, predicted, target[asked], classes)
+        support = parts[0].train.tolist() if share is not None and len(parts) == 1 else None
         episodes.append(Episode(seed=own, support=support, metrics=metrics, predictions=predictions.tolist()))
-        scored.append(Scored(split.test, answer.scores, answer.predicted, target))
-        matrix += confusion(answer.predicted, target, classes)
-        notes.update(dict.fromkeys(answer.notes))
-        settings = answer.settings
+        scored.append(Scored(asked, of_all, predicted, target[asked]))
+        matrix += confusion(predicted, target[asked], classes)
+    if len(split.parts) > 1:
+        settings = {**settings, **trained_on(rounds[0], groups)}
     bounds = None if shuffled else bootstrap(scored, groups, classes, seed=derive(seed, "bootstrap"))
     estimates = {}
     for name in METRICS:
@@ -169,6 +182,14 @@ def judge(
         episodes=episodes,
         notes=list(notes),
     )
+
+
+def _shuffled(labels: Tensor, groups: Tensor, split: Split | Folds, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels to learn from and labels to be held against."""
+    known, target = labels.clone(), labels.clone()
+    for role, (side, into) in enumerate(((split.train, known), (split.test, target))):
+        into[side] = shuffled_labels(labels[side], groups[side], seed, role)
+    return known, target
 
 
 def _linear(train: Tensor, labels: Tensor, test: Tensor, classes: int, form: Form) -> Answer:

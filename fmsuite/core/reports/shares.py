@@ -52,8 +52,11 @@ def share_figures(results: Results, marks: dict[str, int], keys: Iterator[str]) 
     return figures
 
 
-def _groups(results: Results, evaluation: Evaluation) -> int:
-    """How many groups the first draw trained on."""
+def _groups(results: Results, evaluation: Evaluation) -> float:
+    """How many groups the first draw trained on; of folds, in the middle between the fewest and the most."""
+    fewest_and_most = evaluation.settings.get("training_groups")
+    if fewest_and_most:
+        return sum(fewest_and_most) / 2
     support = evaluation.episodes[0].support
     if support is None:
         return len({item.group for item in results.items if item.split == "train"})

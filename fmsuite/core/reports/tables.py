@@ -12,6 +12,7 @@ from fmsuite.core.reports.wording import (
     chance_level,
     controlled,
     decimal,
+    everything,
     interval,
     listed,
     method_name,
@@ -66,8 +67,8 @@ FINDING_METRICS = {"auroc": "AUROC", "map": "average precision"}
 
 GROUPS = (
     ("Encoders", ("encoder",), False),
-    ("Controls", ("untrained", "histogram", "constant"), False),
-    ("Controls with shuffled labels", ("encoder", "untrained", "histogram"), True),
+    ("Controls", ("untrained", "histogram", "means", "constant"), False),
+    ("Controls with shuffled labels", ("encoder", "untrained", "histogram", "means"), True),
 )
 
 
@@ -83,10 +84,10 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
     tables = []
     if whole:
         columns: list[Column] = [(method_name(m), m, None, None, results.primary) for m in whole]
-        tables.append(_table(results, f"{metric}, whole training side", "encoder", columns, marks))
+        tables.append(_table(results, f"{metric}, {everything(results.folds)}", "encoder", columns, marks))
         for other in BESIDE.get(results.primary, ()):
             columns = [(method_name(m), m, None, None, other) for m in whole]
-            caption = f"{metric_name(other)}, whole training side"
+            caption = f"{metric_name(other)}, {everything(results.folds)}"
             tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
         tables += _finding_tables(results, whole, marks)
     for method in methods:
@@ -116,7 +117,8 @@ def _finding_tables(results: Results, methods: Sequence[str], marks: dict[str, i
             if any(f"{metric}/{name}" in e.metrics for e in results.evaluations)
         ]
         if columns:
-            caption = f"{FINDING_METRICS[metric]} of each finding, {method_name(methods[0])}, whole training side"
+            said = f"{method_name(methods[0])}, {everything(results.folds)}"
+            caption = f"{FINDING_METRICS[metric]} of each finding, {said}"
             tables.append(_table(results, caption, "encoder", columns, marks))
     return tables
 
@@ -139,8 +141,10 @@ def _table(
     """
     found = {(e.encoder, e.method, e.shots, e.fraction, e.shuffled): e for e in results.evaluations}
     tops = []
+    shown = {encoder.name for encoder in results.encoders if encoder.kind != "normalised"}
     for _, method, shots, part, metric in columns:
-        means = [of(e, metric).mean for key, e in found.items() if key[1:] == (method, shots, part, False)]
+        rest = (method, shots, part, False)
+        means = [of(e, metric).mean for key, e in found.items() if key[1:] == rest and key[0] in shown]
         finite = [mean for mean in means if math.isfinite(mean)]
         tops.append((max(finite) if higher else min(finite)) if len(finite) > 1 else math.nan)
     groups = []
@@ -231,7 +235,9 @@ def same_setting(results: Results, best: Evaluation) -> list[Evaluation]:
     """The evaluations of every encoder with the method and shots of the best, with true labels."""
     order = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     setting = (False, best.method, best.shots, best.fraction)
+    varied = {encoder.name for encoder in results.encoders if encoder.kind == "normalised"}
     found = [e for e in results.evaluations if (e.shuffled, e.method, e.shots, e.fraction) == setting]
+    found = [e for e in found if e.encoder not in varied]
     return sorted(found, key=lambda e: order[e.encoder])
 
 
@@ -315,13 +321,19 @@ KINDS = {
     "encoder": "encoder",
     "untrained": "control: untrained",
     "histogram": "control: histogram",
+    "means": "control: means of the channels",
     "constant": "control: one answer for all",
+    "normalised": "normalised otherwise",
 }
 
 
 def encoder_line(facts: EncoderFacts) -> EncoderLine:
     kind = KINDS[facts.kind] + (f", of {listed(owners)}" if (owners := controlled(facts)) else "")
+    if facts.variant_of:
+        kind = f"{facts.variant_of}, {KINDS[facts.kind]}"
     provenance = [(str(key), str(value)) for key, value in facts.provenance.items() if value not in (None, "", [], {})]
+    if facts.kind == "normalised":
+        provenance = []
     return EncoderLine(facts.name, kind, facts.dim, facts.pooling or "–", facts.identity, provenance)
 
 

@@ -79,9 +79,16 @@ def plural(unit: str) -> str:
     return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
 
 
-def supervision(shots: int | None, unit: str) -> str:
+def supervision(shots: int | None, unit: str, folds: int | None = None) -> str:
     """What the classifier was given."""
-    return "with the whole training side" if shots is None else f"from {counted(shots, f'labelled {unit}')} a class"
+    if shots is not None:
+        return f"from {counted(shots, f'labelled {unit}')} a class"
+    return "with the whole training side" if folds is None else f"in {everything(folds)}"
+
+
+def everything(folds: int | None) -> str:
+    """What a classifier is trained on that is given all there is, as in a table's caption."""
+    return "whole training side" if folds is None else f"cross-validation by group ({folds} folds)"
 
 
 def listed(names: Sequence[str]) -> str:

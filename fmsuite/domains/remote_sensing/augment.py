@@ -9,6 +9,7 @@ import numpy as np
 
 from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import Array, ArraySample, Sample
+from fmsuite.domains.remote_sensing.dates import some_dates
 from fmsuite.domains.remote_sensing.sensors import Kind
 from fmsuite.tiling.symmetry import turned
 
@@ -38,15 +39,20 @@ class RasterAugmentation:
         scale, offset: from stored to physical values.
             All three are of all bands, or of each.
         band_dropout: probability that a band is marked missing; one band always stays.
+        dates: how many of a series a varied view shows; all if not given.
     """
 
     kind: Kind | Sequence[Kind] = "optical"
     scale: float | Sequence[float] = 1.0
     offset: float | Sequence[float] = 0.0
     band_dropout: float = 0.0
+    dates: int | None = None
 
     def before_crop(self, sample: Sample, strength: str, generator: np.random.Generator) -> Sample:
-        return sample
+        if self.dates is None or strength == "none":
+            return sample
+        assert isinstance(sample, ArraySample)
+        return some_dates(sample, self.dates, generator)
 
     def after_crop(
         self, sample: ArraySample, strength: str, second: bool, generator: np.random.Generator

@@ -12,6 +12,8 @@ import numpy as np
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.domains.remote_sensing.layout import layout_metadata
+from fmsuite.domains.remote_sensing.map_files import class_texts
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.probe import frozen
 from fmsuite.domains.remote_sensing.reader import RasterReader
@@ -29,7 +31,8 @@ def describe(
     """The metadata of an index.
 
     ``files`` has, of each source that is more than its one file, the dates: pairs of a day (``null`` outside of series)
-    and the files of that day. ``crs`` says how many sources have which coordinate system.
+    and the files of that day. ``crs`` says how many sources have which coordinate system, ``map_classes`` the texts
+    that number the classes of a map of polygons, class 0 first.
     """
     facts = [source.facts for source in found]
     metres = [fact["metres"] for fact in facts]
@@ -47,6 +50,9 @@ def describe(
     metadata["crs"] = dict(systems.most_common())
     if len(systems) > 1:
         _log.warning("%s", _several(systems, metres, options))
+    metadata |= layout_metadata(facts, options)
+    if options.map_column:
+        metadata["map_classes"] = class_texts(options)
     metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
     return metadata
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 
@@ -25,11 +26,10 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     """
     if crs is None or transform.is_identity:
         return None
-    import pyproj
     from pyproj.exceptions import ProjError
 
     try:
-        system = pyproj.CRS.from_wkt(crs.to_wkt())
+        system = _system(crs.to_wkt())
         ellipsoid = system.ellipsoid
         unit = system.axis_info[0].unit_conversion_factor if system.axis_info else 1.0
     except ProjError:
@@ -45,7 +45,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
         north = ellipsoid.semi_major_metre * (1 - squared) / bend**1.5 * unit
         east = ellipsoid.semi_major_metre / math.sqrt(bend) * math.cos(latitude) * unit
     elif system.is_projected:
-        north = east = unit / math.sqrt(_area_inflation(system, x, y))
+        north = east = unit / math.sqrt(area_inflation(system, x, y))
     else:
         return None
     along_x = math.hypot(transform.a * east, transform.d * north)
@@ -55,7 +55,14 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     return along_y, along_x
 
 
-def _area_inflation(system: Any, x: float, y: float) -> float:
+@lru_cache(maxsize=256)
+def _system(wkt: str) -> Any:
+    import pyproj
+
+    return pyproj.CRS.from_wkt(wkt)
+
+
+def area_inflation(system: Any, x: float, y: float) -> float:
     """Areal scale of a projection at a point; 1 where it is within 1 % or cannot be told."""
     import pyproj
     from pyproj.exceptions import ProjError

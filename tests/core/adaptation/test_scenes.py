@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from fmsuite.core.adaptation.scenes import scene_scores
+from fmsuite.core.adaptation.scenes import scene_scores, stream_scene
 from fmsuite.core.adaptation.sliding_window import WindowPlan
 from fmsuite.core.adaptation.task import Segmentation, SegmentationConfig
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.data.forgiving import ForgivingScene
 from fmsuite.core.data.sample import ArraySample, View
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec, Normalize
-from fmsuite.errors import UsageError
+from fmsuite.errors import ReadFailure, UsageError
 
 SPEC = InputSpec(axes=("y", "x"), size=(8, 8), channels=(Channel(name="a", mean=3.0, std=2.0), Channel(name="b")))
 
@@ -64,7 +66,7 @@ def segmentation(spec: InputSpec = SPEC, **model) -> Segmentation:
 @torch.no_grad()
 def test_equals_a_naive_computation(size, overlap):
     task, scene = segmentation(), Toy(size)
-    found = scene_scores(task, SPEC, scene, overlap=overlap, batch=3)
+    found = scene_scores(task, SPEC, scene, overlap=overlap, batch=3).scores
     plan = WindowPlan(size, (8, 8), overlap)
     weights = plan.weights("gaussian").double().numpy()
     before = [max(0, -plan.starts(axis)[0]) for axis in range(2)]
@@ -84,10 +86,82 @@ def test_equals_a_naive_computation(size, overlap):
     assert np.array_equal(labels, found.argmax(0).repeat(2, 0).repeat(2, 1)[::-1])
 
 
-def test_axes_that_are_not_spatial_are_refused():
-    spec = InputSpec(axes=("time", "y", "x"), size=(1, 8, 8), channels=(Channel(name="a"),))
-    with pytest.raises(UsageError, match="spatial axes, and this input has 'time'"):
+class Dated(Toy):
+    """Three dates; each sample of the last axis is valid at some."""
+
+    def read(self, start, extent):
+        sample = super().read(start, extent)
+        values = np.stack([sample.values, sample.values + 1, sample.values * 2], axis=1)
+        valid = np.stack([sample.valid, ~sample.valid, sample.valid], axis=1)
+        return ArraySample(values, valid, coords={"time": np.array([1.0, 5.0, 9.0], np.float32)})
+
+
+@torch.no_grad()
+def test_a_series_is_predicted_with_all_its_dates():
+    spec = InputSpec(axes=("time", "y", "x"), size=(3, 8, 8), channels=SPEC.channels)
+    task, scene = (
+        segmentation(spec, width=24, depth=1, heads=1, patch_size=(1, 4, 4), positions="sincos"),
+        Dated((8, 8)),
+    )
+    box = scene_scores(task, spec, scene)
+    sample = scene.read((0, 0), (8, 8))
+    view = View(
+        torch.from_numpy(sample.values.astype(np.float32))[None],
+        torch.from_numpy(sample.valid).expand(2, -1, -1, -1)[None],
+        coords={"time": torch.from_numpy(sample.coords["time"])[None]},
+    )
+    expected = task.predict(Normalize(spec).view(view))[0].numpy()
+    np.testing.assert_allclose(box.scores, expected, rtol=1e-5)
+    assert box.valid.all()
+
+
+def test_other_axes_are_refused():
+    spec = InputSpec(axes=("polarisation", "y", "x"), size=(1, 8, 8), channels=SPEC.channels)
+    with pytest.raises(UsageError, match="spatial axes, and this input has 'polarisation'"):
         scene_scores(segmentation(), spec, Toy((8, 8)))
+
+
+class Broken(Toy):
+    """What is read of it must not touch a block in its middle."""
+
+    bad = ((40, 70), (30, 64))
+
+    def read(self, start, extent):
+        if all(s < high and s + n > low for s, n, (low, high) in zip(start, extent, self.bad, strict=True)):
+            raise ReadFailure("toy", "read", "a block cannot be decoded.", "Fetch it again.")
+        return super().read(start, extent)
+
+
+@torch.no_grad()
+def test_parts_are_the_whole_and_what_cannot_be_read_is_left_out():
+    """In panels, bit for bit; and a damaged block costs the squares that it touches and no more."""
+    task, scene, log = segmentation(), Broken((110, 100)), SkippedLog()
+    forgiving = ForgivingScene(scene)
+    boxes = list(stream_scene(task, SPEC, forgiving, batch=3, panel=2))
+    assert max(box.valid.shape[1] for box in boxes) <= 2 * 8 + 3 * 4
+    assert max(box.valid.shape[0] for box in boxes) <= 8
+    scores, valid = np.full((3, 110, 100), np.nan, np.float32), np.zeros((110, 100), bool)
+    for box in boxes:
+        place = tuple(slice(s, s + n) for s, n in zip(box.start, box.valid.shape, strict=True))
+        assert np.isnan(scores[:, *place]).all()
+        scores[:, *place], valid[place] = box.scores, box.valid
+    whole = scene_scores(task, SPEC, ForgivingScene(scene), batch=3)
+    np.testing.assert_array_equal(scores, whole.scores)
+    np.testing.assert_array_equal(valid, whole.valid)
+    assert not valid[40:70, 30:64].any()
+    lost = np.zeros((110, 100), bool)
+    lost[32:96, :64] = True
+    np.testing.assert_array_equal(valid[~lost], scene.valid[0][~lost])
+    # Where no window reaches the block, nothing has changed.
+    sound = scene_scores(task, SPEC, Toy((110, 100)), batch=3)
+    np.testing.assert_array_equal(sound.scores[:, :24, 72:], scores[:, :24, 72:])
+    forgiving.note(log)
+    (line,) = log.entries
+    assert line.path == "toy"
+    assert "4 of its squares of 32 samples have no result, the first at (32, 0)" in line.reason
+    scene.bad = ((0, 110), (0, 100))
+    with pytest.raises(ReadFailure, match="cannot be decoded"):
+        ForgivingScene(scene).read((0, 0), (8, 8))
 
 
 @torch.no_grad()

@@ -97,6 +97,34 @@ def test_rows_come_finished_and_memory_does_not_grow_with_the_height():
     assert most <= window[0]
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_panels_change_nothing(data):
+    """Not a bit, whatever their width; and no panel is wider than it is said."""
+    dims = data.draw(st.integers(1, 3))
+    size = data.draw(st.tuples(*[st.integers(1, 12), st.integers(1, 40), st.integers(1, 6)][:dims]))
+    window = data.draw(st.tuples(*[st.integers(1, 6)] * dims))
+    panel, batch = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 5))
+    options = {"overlap": data.draw(st.sampled_from([0.0, 0.3, 0.5])), "batch": batch}
+    pixels = torch.rand(2, *size, generator=torch.Generator().manual_seed(3))
+
+    def read(start: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+        return pixels[(..., *(slice(s, s + e) for s, e in zip(start, extent)))]
+
+    expected = sliding_window(network, pixels[None], window, **options)[0]
+    found = torch.full_like(expected, torch.nan)
+    for stripe in stream_windows(network, read, size, window, panel=panel, **options):
+        rows = slice(stripe.start, stripe.start + stripe.values.shape[1])
+        if dims == 1:
+            part = found[:, rows]
+        else:
+            assert stripe.values.shape[2] <= panel + batch * window[1]
+            part = found[:, rows, stripe.left : stripe.left + stripe.values.shape[2]]
+        assert part.isnan().all()
+        part[:] = stripe.values
+    assert torch.equal(found, expected)
+
+
 def test_plans():
     assert WindowPlan((10,), (4,)).starts(0) == [0, 2, 4, 6]
     assert WindowPlan((11,), (4,)).starts(0) == [0, 2, 4, 6, 7]

@@ -6,13 +6,14 @@ import os
 import pickle
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fmsuite.core.data import boxes, shards
+from fmsuite.core.data import boxes, scene_packing, shards
 from fmsuite.core.data.index import SampleIndex, Window
 from fmsuite.core.data.packed import located, open_reader
 from fmsuite.core.data.packed_scenes import PackedScenes, SourcePacking, open_scene
@@ -38,7 +39,7 @@ CORNER = np.array([0.25, -7.0])
 class Reader:
     """Sources in memory. ``/b`` is shorter than a window, ``/c`` cannot be read, ``/d`` has invalid samples."""
 
-    anywhere = True
+    anywhere, piecewise = True, False
 
     def __init__(self) -> None:
         self.values, self.valid, self.labels = {}, {}, {}
@@ -65,7 +66,7 @@ class Reader:
         valid, labels = np.zeros((1, *size), bool), np.zeros(size, np.int16)
         values[:, *there], valid[:, *there] = self.values[source][:, *here], self.valid[source][:, *here]
         labels[there] = self.labels[source][here]
-        if not valid.any():
+        if not valid.any() and not self.piecewise:
             raise ReadFailure(source, "read", "nothing valid.", "It is left out.")
         return ArraySample(values, None if valid.all() else valid, {}, (1.0, 4.0), {"organs/left": labels})
 
@@ -182,6 +183,75 @@ def test_a_window_at_any_place_is_the_readers_bit_for_bit(tmp_path: Path, scenes
         ours.read(Window("/a", "/a", (-90.0, 0.0), (2.0, 12.0)))
     with pytest.raises(ReadFailure, match="not in the packed copy"):
         ours.read(Window("/c", "/c", (0.25, -7.0), (2.0, 12.0)))
+
+
+class Strips(Reader):
+    """Reads in pieces, and gives what has no valid sample; ``dates`` make a first axis."""
+
+    piecewise = True
+
+    def __init__(self, dates: int = 0) -> None:
+        super().__init__()
+        self.dates, self.most = dates, 0
+        self.valid["/a"][:, 9:] = False
+
+    def box(self, source: str, start: Array, size: Array) -> ArraySample:
+        self.most = max(self.most, int(np.prod(size)))
+        return super().box(source, start, size)
+
+    def read(self, window: Window) -> ArraySample:
+        if not self.dates:
+            return super().read(window).replace(maps={})
+        flat = super().read(replace(window, position=window.position[1:], extent=window.extent[1:]))
+        values = np.stack([flat.values + date for date in range(self.dates)], axis=1)
+        valid = None if flat.valid is None else np.stack([flat.valid] * self.dates, axis=1)
+        days = np.linspace(9000, 9000.7, self.dates).astype(np.float32)
+        return ArraySample(values, valid, {"time": days}, (1.0, 1.0, 4.0))
+
+
+def test_a_source_that_is_read_in_pieces_becomes_the_same_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever strips end, and whichever of them is the first with an invalid sample."""
+    index = make_index(["/a", "/b", "/d"])
+    files = []
+    for name, most in (("strips", 1), ("two", 2 * 4 * 20 * 8), ("whole", 2**30)):
+        monkeypatch.setattr(scene_packing, "PIECE_BYTES", most)
+        reader = Strips()
+        for number in range(3):
+            pack_source(Origins(index, SIZE, reader), tmp_path / name, number)
+        assert reader.most == {"strips": 4 * 30, "two": 8 * 20, "whole": 9 * 20}[name]
+        shards_ = [path for path in (tmp_path / name).rglob("0") if path.is_file()]
+        files.append({path.relative_to(tmp_path / name): path.read_bytes() for path in shards_})
+    assert len(files[0]) == 6
+    assert files[0] == files[1] == files[2]
+
+
+def test_windows_without_a_valid_sample_and_series_are_read_as_the_pieces_were(tmp_path: Path) -> None:
+    dates = 3
+    flat = make_index(["/a", "/d"])
+    windows = [
+        replace(w, position=(0.0, *w.position), extent=(dates, *w.extent), spacing=(1.0, *w.spacing))
+        for w in map(flat.__getitem__, range(len(flat)))
+    ]
+    for name, reader, index, size in (
+        ("flat", Strips(), flat, SIZE),
+        # As of an index that has a longer series too.
+        ("series", Strips(dates), SampleIndex.from_windows(windows), (dates + 2, *SIZE)),
+    ):
+        packing = SourcePacking(len(index.sources), index.hash, "toy")
+        packing.write(tmp_path / name)
+        for number in unfinished_sources(tmp_path / name, packing):
+            pack_source(Origins(index, size, reader), tmp_path / name, number)
+        finish_sources(index, tmp_path / name, packing, SkippedLog())
+        copy, sampler, stream = PackedScenes(tmp_path / name), RandomWindows(index, size), np.random.default_rng(0)
+        empty = 0
+        for row in [*range(len(index))] * 20:
+            window = sampler(index[row], row, stream)
+            expected, found = reader.read(window), copy.read(window)
+            assert same(found, expected)
+            assert found.coords.keys() == expected.coords.keys() == ({"time"} if name == "series" else set())
+            assert all(np.array_equal(found.coords[axis], days) for axis, days in expected.coords.items())
+            empty += expected.valid is not None and not expected.valid.any()
+        assert empty
 
 
 def test_scenes_come_from_the_copy_and_open_the_file_only_for_its_own_grid(tmp_path: Path) -> None:

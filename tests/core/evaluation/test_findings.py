@@ -11,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fmsuite.core.evaluation.findings import judge_findings
 from fmsuite.core.evaluation.intervals import group_weights
+from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.seeding import derive
 
 NAMES = ["Effusion", "Nodule", "Mass"]
@@ -29,7 +30,7 @@ def cohort() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def judge(task: str, target: torch.Tensor | None = None, **changes):
     features, made, groups = cohort()
-    options = {"shown": [TRAIN], "asked": ASKED, "encoder": "mine", "seed": 0, **changes}
+    options = {"draws": [[Split(TRAIN, ASKED)]], "encoder": "mine", "seed": 0, **changes}
     return judge_findings(task, features, made if target is None else target, NAMES, groups, **options)
 
 
@@ -107,7 +108,7 @@ def test_a_finding_that_is_never_asked_has_no_area_and_is_left_out_of_the_mean()
 
 
 def test_draws_of_a_share_are_averaged() -> None:
-    found = judge("linear", shown=[TRAIN[:30], TRAIN[30:60]], fraction=0.4)
+    found = judge("linear", draws=[[Split(TRAIN[:30], ASKED)], [Split(TRAIN[30:60], ASKED)]], fraction=0.4)
     for name in ("macro_auroc", "auroc/Nodule"):
         values = [episode.metrics[name] for episode in found.episodes]
         assert found.metrics[name].mean == pytest.approx(np.mean(values))

@@ -11,6 +11,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from fmsuite.core.evaluation.intervals import group_weights
 from fmsuite.core.evaluation.numbers import NUMBER_TASKS, judge_numbers
 from fmsuite.core.evaluation.ridge import fit_ridge_cv
+from fmsuite.core.evaluation.splits import Split
 from fmsuite.core.seeding import derive
 
 TRAIN, ASKED = torch.arange(60), torch.arange(60, 90)
@@ -25,7 +26,7 @@ def cohort() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def judge(task: str, **changes):
     features, target, groups = cohort()
-    options = {"shown": [TRAIN], "asked": ASKED, "encoder": "mine", "seed": 0, **changes}
+    options = {"draws": [[Split(TRAIN, ASKED)]], "encoder": "mine", "seed": 0, **changes}
     return judge_numbers(task, features, target, groups, **options)
 
 
@@ -57,7 +58,7 @@ def test_metrics_are_those_of_the_answers_and_the_unasked_have_none() -> None:
 def test_the_interval_is_that_of_drawn_groups_repeated() -> None:
     _, target, groups = cohort()
     draws = [TRAIN[:20], TRAIN[20:60]]
-    found = judge("ridge", shown=draws, fraction=0.5)
+    found = judge("ridge", draws=[[Split(rows, ASKED)] for rows in draws], fraction=0.5)
     predicted = [np.array([answer[0] for answer in e.answers[60:]]) for e in found.episodes]
     weights = group_weights(groups[60:], 1000, derive(0, "bootstrap")).long().numpy()
     drawn = []
