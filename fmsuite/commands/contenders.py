@@ -76,14 +76,17 @@ def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool)
     Raises:
         UsageError: naming an encoder that the data do not fit.
     """
+    fitted: dict[str, Encoder] = {}
     for name, encoder in encoders.items():
         try:
-            encoder.check_input(data_as_seen(data, encoder))
+            fitted[name] = encoder.fitted(data)
+            fitted[name].check_input(data_as_seen(data, fitted[name]))
         except UsageError as error:
             raise UsageError(
                 f"Encoder '{name}': {error.message}",
                 "Take the windows as it expects them (--recipe, or --set data.KEY=VALUE), or leave it out.",
             ) from error
+    encoders = fitted
     found = [Contender(name, "encoder", encoder) for name, encoder in encoders.items()]
     if not controls:
         return found

@@ -18,7 +18,7 @@ from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, Pool, left_out_of, store_facts
 from fmsuite.core.embedding import embed as embed_windows
-from fmsuite.core.encoders import Encoder
+from fmsuite.core.encoders import Encoder, seeing_dates
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.inputs import InputSpec
 from fmsuite.core.pool import Resources
@@ -141,6 +141,7 @@ def _embedder(what: str, data: InputSpec, channels: Sequence[str] | None, poolin
             raise UsageError("The histogram takes all channels and has no pooling.", "Leave these options out.")
         return Histogram(data)
     model = open_encoder(what, channels=channels, pooling=pooling)
+    model = model.fitted(data) if channels is None else seeing_dates(model, data)
     model.check_input(data_as_seen(data, model))
     return model
 

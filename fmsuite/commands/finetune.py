@@ -175,7 +175,9 @@ def set_up(
     """
     opened = load_encoder(config.encoder)
     domain, index = index_of(config, opened, out, skipped, progress)
-    opened.check_input(domain.input_spec(index))
+    spec = domain.input_spec(index)
+    opened = opened.fitted(spec)
+    opened.check_input(spec)
     table = None if config.targets is None else Path(config.targets)
     data = collect(config, domain, index, skipped, table)
     return Setup(config, data, opened, out, skipped, progress, command, {}), index

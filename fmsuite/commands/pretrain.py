@@ -22,6 +22,7 @@ from fmsuite.commands.pairs import join_pairs
 from fmsuite.commands.setup import open_domain, open_index, parts_of, read_run_config, resolve_run
 from fmsuite.core import distributed
 from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.wavelengths import check_wavelengths
 from fmsuite.core.config import RunConfig
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.loader import SampleStream, default_workers, make_loader
@@ -241,7 +242,10 @@ def _pretrain(
 
     # Nothing random precedes this, so every rank builds the same network.
     torch.manual_seed(derive(config.seed, "weights"))
-    backbone = build_backbone(config.model, domain.input_spec(index))
+    spec = domain.input_spec(index)
+    if config.model.patch_embedding == "wavelength" and config.model.weights is None:
+        check_wavelengths(spec)
+    backbone = build_backbone(config.model, spec)
     objective = find_objective(config.objective)(config.objective_options, backbone)
     spec = backbone.spec
 

@@ -95,7 +95,9 @@ def similar(
     opened, index = open_index(
         *_opened(encoder, model, file, domain, overrides), SkippedLog(None, strict=True), progress
     )
-    model.check_input(data_as_seen(opened.input_spec(index), model))
+    spec = opened.input_spec(index)
+    model = model.fitted(spec)
+    model.check_input(data_as_seen(spec, model))
     if len(index.sources) != 1:
         raise UsageError(f"{file}: holds {len(index.sources)} sources.", "Name a single one.")
     scene = open_scene(opened, index, index.sources[0])

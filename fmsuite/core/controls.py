@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.datewise import Datewise
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.vit import VisionTransformer
 from fmsuite.core.data.sample import View
@@ -39,7 +40,7 @@ def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
         FmsuiteError: if the options of a timm model from the Hugging Face hub cannot be fetched.
     """
     old = encoder.backbone
-    if not isinstance(old, VisionTransformer | TimmBackbone):
+    if not isinstance(old, VisionTransformer | TimmBackbone | Datewise):
         raise UsageError(f"A {type(old).__name__} cannot be made again without its weights.", "Leave the control out.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "untrained"))

@@ -18,15 +18,17 @@ import fmsuite
 from fmsuite.core.backbones.base import Backbone, Features
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import SWIN_UNETR, ModelConfig
+from fmsuite.core.backbones.datewise import TIME, Datewise, over_dates
 from fmsuite.core.backbones.swin_unetr import SwinUNETR, is_published, published
 from fmsuite.core.backbones.timm_backbone import PREFIX, TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal, to_timm
 from fmsuite.core.backbones.timm_models import open_timm
 from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.backbones.wavelengths import carry_over
 from fmsuite.core.backbones.weights import read_checkpoint, recognise, unwrap
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import View
-from fmsuite.core.inputs import InputSpec, Normalize
+from fmsuite.core.inputs import Channel, InputSpec, Normalize
 from fmsuite.core.plugins import load_plugin
 from fmsuite.core.weight_files import METADATA_KEY, contiguous, write_weights
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
@@ -120,13 +122,39 @@ class Encoder(nn.Module):
         (view,) = batch.views[IMAGE]
         return view
 
+    def fitted(self, data: InputSpec) -> Encoder:
+        """This encoder for the dates of some data (see ``seeing_dates``), and for their bands where it computes its
+        embedding from wavelengths; otherwise itself.
+
+        A band is one of the encoder's if name and wavelength are, and then keeps its mean and standard deviation;
+        those of other bands are the data's.
+
+        Raises:
+            UsageError: for a channel without a wavelength that it was not trained on.
+        """
+        return seeing_dates(self._with_bands(data), data)
+
+    def _with_bands(self, data: InputSpec) -> Encoder:
+        if not _computes_embedding(self.backbone):
+            return self
+        mine = {(channel.name, channel.wavelength): channel for channel in self.spec.channels}
+        channels = [
+            mine.get((channel.name, channel.wavelength))
+            or channel.model_copy(update={"group": None, "quantification": quantification})
+            for channel, quantification in zip(data.channels, data.quantifications, strict=True)
+        ]
+        return self if tuple(channels) == self.spec.channels else select_channels(self, channels)
+
     def check_input(self, spec: InputSpec) -> None:
-        """Refuse data that this encoder was not made for.
+        """Refuse data that this encoder was not made for. Where positions are counted in lengths, spacings may differ.
 
         Raises:
             UsageError: listing every difference and the way out.
         """
-        differences = self.spec.differences(spec)
+        mine = self.spec
+        if isinstance(self.backbone, VisionTransformer) and self.backbone.config.position_units == "physical":
+            mine = mine.model_copy(update={"spacing": None})
+        differences = mine.differences(spec)
         if differences:
             raise UsageError(
                 f"The encoder's input and the data differ: {'; '.join(differences)}.",
@@ -150,7 +178,7 @@ class Encoder(nn.Module):
 def load_encoder(
     what: str | Path,
     *,
-    channels: Sequence[str] | None = None,
+    channels: Sequence[str | Channel] | None = None,
     heads: int | None = None,
     spec: InputSpec | None = None,
     pooling: str | None = None,
@@ -162,7 +190,8 @@ def load_encoder(
             or has it beside it as ``.json``; ``timm:NAME`` with timm's published weights, ``timm:NAME@FILE`` with those
             of a file; ``hf-hub:OWNER/NAME``; or a checkpoint of the MAE, DINO, DINOv2, I-JEPA and Swin UNETR
             releases or of a plain ViT, recognised by its keys.
-        channels: use only these of the encoder's channels, in this order; see ``select_channels``.
+        channels: use only these of the encoder's channels, in this order, or others that it was not trained on, where
+            it computes its embedding from wavelengths; see ``select_channels``.
         heads: attention heads of a recognised checkpoint, where they are not those of its published size.
         spec: input of a recognised checkpoint, where it is not 8-bit RGB with ImageNet statistics.
         pooling: in place of the encoder's own.
@@ -186,21 +215,33 @@ def load_encoder(
     return encoder if channels is None else select_channels(encoder, channels)
 
 
-def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
+def select_channels(encoder: Encoder, channels: Sequence[str | Channel]) -> Encoder:
     """The same encoder on some of its channels: ten bands pretrained, six at hand.
 
     The kernel slices of the named channels are kept and multiplied by (channels before / channels after), so that
     patches keep their expected magnitude; the others are gone. The given order is the new channel order.
+
+    An encoder that computes its kernel from wavelengths (``model.patch_embedding: wavelength``) takes any channels with
+    one, as ``Channel`` with mean and standard deviation of their own; its generator is kept as it is.
+
+    Args:
+        channels: names of the encoder's channels, or channels.
 
     Raises:
         UsageError: for an unknown or repeated channel name, or an encoder that is no vision transformer with a single
             channel group.
     """
     known = encoder.spec.channel_names
-    unknown = [name for name in channels if name not in known]
-    if unknown or not channels or len(set(channels)) != len(channels):
+    names = [channel if isinstance(channel, str) else channel.name for channel in channels]
+    free = _computes_embedding(encoder.backbone)
+    unknown = [
+        name for name, given in zip(names, channels) if name not in known and (isinstance(given, str) or not free)
+    ]
+    if unknown or not names or len(set(names)) != len(names):
         problem = f"no channel {', '.join(unknown)}" if unknown else "each channel can be named once, and one at least"
-        raise UsageError(f"channels={list(channels)}: {problem}.", f"The encoder's channels: {', '.join(known)}.")
+        raise UsageError(f"channels={names}: {problem}.", f"The encoder's channels: {', '.join(known)}.")
+    if free:
+        return _on_other_bands(encoder, channels)
     old = encoder.backbone
     if not isinstance(old, VisionTransformer) or old.grid is None:
         raise UsageError(f"Channels of a {type(old).__name__} over {encoder.spec.axes} cannot be selected.")
@@ -209,7 +250,7 @@ def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
             "This encoder has channel groups, each with tokens of its own.",
             "Give all channels and mark the missing ones as invalid (View.valid).",
         )
-    picked = [known.index(name) for name in channels]
+    picked = [known.index(name) for name in names]
     new_spec = encoder.spec.model_copy(update={"channels": tuple(encoder.spec.channels[i] for i in picked)})
     backbone_spec = old.spec.model_copy(update={"channels": new_spec.channels})
     backbone = VisionTransformer(old.config, backbone_spec)
@@ -217,14 +258,43 @@ def select_channels(encoder: Encoder, channels: Sequence[str]) -> Encoder:
     kernel = state["patch_embed.proj.weight"]
     state["patch_embed.proj.weight"] = kernel[:, picked] * (len(known) / len(picked))
     backbone.load_state_dict(state)
-    provenance = {**encoder.provenance, "channels_selected": list(channels), "channels_before": list(known)}
+    provenance = {**encoder.provenance, "channels_selected": names, "channels_before": list(known)}
     return Encoder(backbone, new_spec, encoder.pooling, provenance)
+
+
+def seeing_dates(encoder: Encoder, data: InputSpec) -> Encoder:
+    """An encoder as it takes the data: one of single images, where these are series of such images, takes their dates
+    one by one (``Datewise``). Any other is returned as it is; what else differs ``Encoder.check_input`` tells."""
+    if encoder.spec.bag or data.bag or data.axes != (TIME, *encoder.spec.axes):
+        return encoder
+    spec = over_dates(encoder.spec, data.size[0])
+    backbone = Datewise(encoder.backbone, over_dates(encoder.backbone.spec, data.size[0]))
+    provenance = {**encoder.provenance, "dates_one_by_one": True}
+    return Encoder(backbone, spec, encoder.pooling, provenance)
+
+
+def _computes_embedding(backbone: Backbone) -> bool:
+    return isinstance(backbone, VisionTransformer) and backbone.config.patch_embedding == "wavelength"
+
+
+def _on_other_bands(encoder: Encoder, channels: Sequence[str | Channel]) -> Encoder:
+    old = encoder.backbone
+    assert isinstance(old, VisionTransformer)
+    mine = {channel.name: channel for channel in encoder.spec.channels}
+    bands = tuple(mine[channel] if isinstance(channel, str) else channel for channel in channels)
+    backbone = VisionTransformer(old.config, old.spec.model_copy(update={"channels": bands}))
+    state = old.state_dict()
+    carry_over(state, old.spec, backbone.spec, "This encoder")
+    backbone.load_state_dict(state)
+    names = [channel.name for channel in bands]
+    provenance = {**encoder.provenance, "channels_selected": names, "channels_before": list(mine)}
+    return Encoder(backbone, encoder.spec.model_copy(update={"channels": bands}), encoder.pooling, provenance)
 
 
 def description(backbone: Backbone, spec: InputSpec, pooling: str) -> dict[str, Any]:
     """What decides the embeddings beside the weights, as JSON values. Options at their defaults are left out, so that
     an option that a later version adds changes no identity."""
-    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR):
+    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR | Datewise):
         raise UsageError(f"A {type(backbone).__name__} cannot be saved as an encoder.")
     model = backbone.config.model_copy(update={"weights": None, "input_size": None})
     return {
@@ -320,8 +390,9 @@ def export_encoder(encoder: Encoder, path: str | Path, layout: Literal["timm", "
             "arguments": {"num_classes": 0, "in_chans": spec.in_chans},
             **_timm_data(spec),
         }
-    elif isinstance(backbone, SwinUNETR):
-        raise UsageError(f"{path}: timm has no Swin UNETR.", "Use layout native.")
+    elif isinstance(backbone, SwinUNETR | Datewise):
+        what = "Swin UNETR" if isinstance(backbone, SwinUNETR) else "axis of time"
+        raise UsageError(f"{path}: timm has no {what}.", "Use layout native.")
     else:
         assert isinstance(backbone, VisionTransformer)
         form = to_timm(backbone, encoder.pooling)

@@ -318,12 +318,15 @@ class _Names:
         return []
 
 
-def refuse_shared_groups(pairs: Iterable[tuple[str | None, str | None]], where: str) -> None:
+def refuse_shared_groups(
+    pairs: Iterable[tuple[str | None, str | None]], where: str, column: str = "split_column"
+) -> None:
     """Refuse groups that stand on several sides of a split.
 
     Args:
         pairs: group and side.
         where: what says so, for the message.
+        column: the option that ignores sides, for the message.
 
     Raises:
         UsageError: naming some of them.
@@ -338,7 +341,7 @@ def refuse_shared_groups(pairs: Iterable[tuple[str | None, str | None]], where: 
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         raise UsageError(
             f"{where}: on several sides of the split: {examples}{more}.",
-            f"A patient or scene must stay on one side: correct the labels file, or ignore sides with split_column="
+            f"A patient or scene must stay on one side: correct the labels file, or ignore sides with {column}="
             f"{IGNORE}.",
         )
 

@@ -21,7 +21,8 @@ class WindowRows:
     """Rows of one source.
 
     Attributes:
-        source, group, label, split: as in ``core.data.index.Window``, the same for every row.
+        source: as in ``core.data.index.Window``.
+        group, label, split: as there, the same for every row or one for each of the N.
         positions: (N, A) corners in the source's finest coordinates.
         extent: (A,) size of every window, same coordinates.
         spacing: (A,) physical length of one unit; empty where unknown.
@@ -29,13 +30,13 @@ class WindowRows:
     """
 
     source: str
-    group: str
+    group: str | Sequence[str]
     positions: np.ndarray
     extent: Sequence[float]
     spacing: Sequence[float] = ()
     content: np.ndarray | float = 1.0
-    label: str | None = None
-    split: str | None = None
+    label: str | Sequence[str | None] | None = None
+    split: str | Sequence[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -49,9 +50,14 @@ def windows_table(rows: Sequence[WindowRows]) -> pa.Table:
     rows = [each for each in rows if len(each)] or [NO_ROWS]
     counts = np.array([len(each) for each in rows])
 
-    def texts(values: Sequence[str | None]) -> pa.Array:
-        names = {name: code for code, name in enumerate(dict.fromkeys(value for value in values if value is not None))}
-        codes = np.array([-1 if value is None else names[value] for value in values], np.int32).repeat(counts)
+    def texts(values: Sequence[str | Sequence[str | None] | None]) -> pa.Array:
+        names: dict[str, int] = {}
+        parts = [np.zeros(0, np.int32)]
+        for value, count in zip(values, counts, strict=True):
+            known = [value] if value is None or isinstance(value, str) else value
+            found = np.array([-1 if name is None else names.setdefault(name, len(names)) for name in known], np.int32)
+            parts.append(found.repeat(count if known is not value else 1))
+        codes = np.concatenate(parts)
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(list(names), pa.string()))
 
     def lists(values: Sequence[np.ndarray]) -> pa.Array:

@@ -48,7 +48,7 @@ class SourceTask:
         extent: Sequence[float],
         spacing: Sequence[float] = (),
         content: np.ndarray | float = 1.0,
-        group: str | None = None,
+        group: str | Sequence[str] | None = None,
     ) -> WindowRows:
         """Its windows, with its path, group, label and side of the split; see ``table.WindowRows``."""
         known = self.known

@@ -40,6 +40,27 @@ def test_tables_equal_the_index_made_from_single_windows(tmp_path: Path) -> None
     assert SampleIndex.read(tmp_path / "i.parquet").hash == expected.hash
 
 
+def test_rows_of_one_source_may_have_groups_labels_and_sides_of_their_own() -> None:
+    positions = np.array([[0.0, 1.5], [2.0, 3.25], [4.0, 5.0]])
+    tables = windows_table(
+        [
+            WindowRows(
+                "/a", ["g", "h", "g"], positions, (8.0, 8.0), label=["x", None, "y"], split=[None, "test", None]
+            ),
+            WindowRows("/b", "h", positions[:2], (8.0, 8.0), label="x"),
+        ]
+    )
+    index = join_tables([tables], {})
+    found = [(w.source, w.group, w.label, w.split) for w in map(index.__getitem__, range(5))]
+    assert found == [
+        ("/a", "g", "x", None),
+        ("/a", "h", None, "test"),
+        ("/a", "g", "y", None),
+        ("/b", "h", "x", None),
+        ("/b", "h", "x", None),
+    ]
+
+
 def test_rows_of_sources_that_differ_in_everything_stand_one_after_the_other() -> None:
     rows = [
         WindowRows("/a", "g", np.zeros((0, 2)), (1.0, 1.0)),

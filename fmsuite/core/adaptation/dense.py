@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fmsuite.core.adaptation.date_pairs import Compare, PairSource
 from fmsuite.core.adaptation.dpt import Dpt
 from fmsuite.core.adaptation.feature_maps import Decoder, MapSource, is_hierarchical, patch_stride, spread
 from fmsuite.core.adaptation.linear_decoder import LinearDecoder
@@ -30,6 +31,7 @@ class DenseNetwork(nn.Module):
         classes: K.
         layers: blocks of a transformer to read, instead of an even spread over its depth that ends with the last.
         norm_layers: put them through the final norm.
+        compare: of a series of two dates, what of their feature maps the decoder reads; see ``PairSource``.
         options: of the decoder.
 
     Raises:
@@ -43,6 +45,7 @@ class DenseNetwork(nn.Module):
         classes: int,
         layers: Sequence[int] | None = None,
         norm_layers: bool = True,
+        compare: Compare | None = None,
         **options: object,
     ) -> None:
         super().__init__()
@@ -64,8 +67,10 @@ class DenseNetwork(nn.Module):
         if layers is None:
             layers = spread(backbone.depth, kind.wanted(patch_stride(backbone.grid)))
         source = MapSource(backbone, layers, norm_layers)
+        if compare is not None:
+            source = PairSource(backbone, layers, norm_layers, compare)
         self._source = (source,)
-        self.decoder = kind(source.levels, backbone.spec.in_chans, classes, **options)  # type: ignore[call-arg]
+        self.decoder = kind(source.levels, source.in_chans, classes, **options)  # type: ignore[call-arg]
 
     @property
     def source(self) -> MapSource:

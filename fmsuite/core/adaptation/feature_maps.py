@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.datewise import Datewise
 from fmsuite.core.backbones.swin_unetr import SwinUNETR
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.data.sample import View
@@ -121,10 +122,20 @@ def token_map(tokens: Tensor, layout: TokenLayout, axes: Sequence[str]) -> Tenso
     return grid.movedim(-1, 1)
 
 
-def flat_pixels(pixels: Tensor, axes: Sequence[str]) -> Tensor:
-    """(B, C, *all axes) to (B, C, *spatial axes), the mean over the others."""
+def flat_pixels(pixels: Tensor, axes: Sequence[str], valid: Tensor | None = None) -> Tensor:
+    """(B, C, *all axes) to (B, C, *spatial axes), the mean over what is valid along the others, zero where nothing is.
+
+    Args:
+        valid: bool, (B, 1 or C, *all axes); ``None`` means all.
+    """
+    if valid is not None:
+        pixels = torch.where(valid, pixels, 0.0)
     others = [2 + number for number, axis in enumerate(axes) if axis not in SPATIAL_AXES]
-    return pixels.mean(others) if others else pixels
+    if not others:
+        return pixels
+    if valid is None:
+        return pixels.mean(others)
+    return pixels.sum(others) / valid.sum(others).clamp(min=1).to(pixels.dtype)
 
 
 def padded_to_patches(view: View, grid: PatchGrid) -> View:
@@ -154,6 +165,7 @@ class MapSource(nn.Module):
 
     Attributes:
         levels: what it gives.
+        in_chans: of the pixels that it gives.
 
     Raises:
         UsageError: for a bag of vectors.
@@ -167,6 +179,7 @@ class MapSource(nn.Module):
         self.grid: PatchGrid = backbone.grid
         self.axes = spatial_axes(self.grid.axes)
         self.layers, self.norm_layers = tuple(layers), norm_layers
+        self.in_chans = backbone.spec.in_chans
         self.levels = _own_levels(backbone)
         if not self.levels:
             self.levels = (Level(backbone.width, patch_stride(self.grid)),) * len(self.layers)
@@ -175,13 +188,10 @@ class MapSource(nn.Module):
         """Maps of a normalised view of any size. Sizes that are no multiple of the patches are padded; ``size`` is then
         the padded one, and logits are to be cut to the view's."""
         view = padded_to_patches(view, self.grid)
-        pixels = view.pixels
-        if view.valid is not None:
-            pixels = torch.where(view.valid, pixels, 0.0)
-        pixels = flat_pixels(pixels, self.grid.axes)
+        pixels = flat_pixels(view.pixels, self.grid.axes, view.valid)
         size = tuple(pixels.shape[2:])
         if is_hierarchical(self.backbone):
-            return FeatureMaps(_own_maps(self.backbone, view), size, pixels)
+            return FeatureMaps(own_maps(self.backbone, view), size, pixels)
         features = self.backbone(view, layers=self.layers, norm_layers=self.norm_layers)
         levels = tuple(token_map(tokens, features.layout, self.axes) for tokens in features.intermediate)
         vectors: tuple[Tensor, ...] = ()
@@ -202,6 +212,8 @@ def is_hierarchical(backbone: Backbone) -> bool:
 
 
 def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
+    if isinstance(backbone, Datewise):
+        return _own_levels(backbone.single)
     if isinstance(backbone, Hierarchical):
         return backbone.levels
     if isinstance(backbone, SwinUNETR):
@@ -217,7 +229,11 @@ def _own_levels(backbone: Backbone) -> tuple[Level, ...]:
     return ()
 
 
-def _own_maps(backbone: Backbone, view: View) -> tuple[Tensor, ...]:
+def own_maps(backbone: Backbone, view: View) -> tuple[Tensor, ...]:
+    """(B, D, *shape) maps of a hierarchical backbone, of a series the means over its dates."""
+    if isinstance(backbone, Datewise):
+        dates = backbone.dates(view)
+        return tuple(dates.mean(found) for found in own_maps(backbone.single, dates.view))
     if isinstance(backbone, Hierarchical):
         return backbone.maps(view)
     if isinstance(backbone, SwinUNETR):

@@ -21,14 +21,17 @@ gains and biases of normalisations (Frankle et al. 2021); ``biases``: every bias
 (BitFit, Ben Zaken et al. 2022); ``added``: low-rank and bottleneck adapters.
 """
 
-_ATTENTION = re.compile(r"(^|\.)attn\.|^(model\.)?pos_embed$|^rel_pos_bias\.")
+_ATTENTION = re.compile(r"(^|\.)attn\.|^(single\.)?(model\.)?pos_embed$|^(single\.)?rel_pos_bias\.")
+_WINDOWS = re.compile(r"\.attn\.((offsets|scales|angles)\.(weight|bias)|rel_pos_[hw])$")
+"""What ``RotatedWindowAttention`` adds to attention."""
 _ADDED = re.compile(r"\.(lora_down|lora_up)$|\.adapter\.(down|up)\.(weight|bias)$")
 
 
 def train_only(backbone: Backbone, part: Part, last_blocks: int | None = None) -> tuple[str, ...]:
     """Let a part of a backbone train, and nothing else of it.
 
-    Weights that a low-rank or bottleneck adapter stands beside never train.
+    Weights that a low-rank or bottleneck adapter stands beside never train. Regressors of windows train with any part:
+    they start at zero, and would stay there.
 
     Args:
         part: see ``Part``.
@@ -78,7 +81,7 @@ def is_frozen(backbone: nn.Module) -> bool:
 
 
 def _picks(part: Part, name: str, norm: bool) -> bool:
-    if part == "all":
+    if part == "all" or (part != "nothing" and _WINDOWS.search(name) is not None):
         return True
     if part == "attention":
         return _ATTENTION.search(name) is not None

@@ -74,6 +74,10 @@ def save_network(
     fold_lora(task.backbone)
     options = task.config.model_dump(mode="json")
     options["scratch"] = False
+    # The model's own description holds its windows.
+    for key in TuningOptions.model_fields:
+        if key == "attention" or key.startswith("rvsa_"):
+            options[key] = TuningOptions.model_fields[key].default
     if options["tune"] != "adapters":
         # Nothing else changes what there is; how it was trained stands in the provenance.
         options["tune"] = "full"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from fmsuite.core.adaptation.date_pairs import Compare
 from fmsuite.core.adaptation.dense import DenseNetwork
 from fmsuite.core.adaptation.freezing import is_frozen
 from fmsuite.core.adaptation.losses import (
@@ -25,6 +26,7 @@ from fmsuite.core.adaptation.losses import (
 )
 from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.base import Backbone, Features
+from fmsuite.core.backbones.datewise import TIME
 from fmsuite.core.data.sample import Batch, PairRequest, View, ViewRequest
 from fmsuite.core.inputs import SPATIAL_AXES
 from fmsuite.core.objectives.base import Objective, ParameterRule, StepContext, crop_size
@@ -270,7 +272,8 @@ class SegmentationConfig(TaskConfig):
 class Segmentation(Task):
     """A class for every sample of the input along its spatial axes, from a label map that the view brings.
 
-    Invalid input does not count. Along axes that are not spatial (dates) the map is alike, and the first is read.
+    Invalid input does not count. Along axes that are not spatial (dates) the map is alike: it has the spatial axes
+    alone, or its first entry along the others is read; a place counts where any date is valid.
     """
 
     name = "segmentation"
@@ -280,7 +283,9 @@ class Segmentation(Task):
     def __init__(self, config: SegmentationConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         options = {**config.decoder_options, **({"deep": config.deep} if config.deep else {})}
-        self.network = DenseNetwork(self.backbone, config.decoder, config.classes, config.layers, **options)
+        self.network = DenseNetwork(
+            self.backbone, config.decoder, config.classes, config.layers, compare=self.compare, **options
+        )
         axes = self.backbone.spec.axes
         self._others = [number for number, axis in enumerate(axes, start=1) if axis not in SPATIAL_AXES]
 
@@ -292,11 +297,22 @@ class Segmentation(Task):
     def pooling(self) -> str:
         return "mean"
 
+    @property
+    def compare(self) -> Compare | None:
+        """What of the feature maps of two dates is decoded; ``None`` decodes their mean."""
+        return None
+
+    def seen(self, valid: Tensor) -> Tensor:
+        """(B, *axes) bool, whether a value is valid, to (B, *spatial axes): which places count."""
+        return valid.any(self._others) if self._others else valid
+
     def loss(self, view: View, batch: Batch) -> Tensor:
         target = view.maps[self.config.label_map].long()
-        seen = torch.ones_like(target, dtype=torch.bool) if view.valid is None else view.valid.any(1)
-        for axis in reversed(self._others):
-            target, seen = target.select(axis, 0), seen.any(axis)
+        if target.dim() == 1 + len(self.backbone.spec.axes):
+            for axis in reversed(self._others):
+                target = target.select(axis, 0)
+        valid = torch.ones_like(view.pixels[:, 0], dtype=torch.bool) if view.valid is None else view.valid.any(1)
+        seen = self.seen(valid)
         known = counted(target, seen, self.config.ignore_index)
         _check_labels(target, known, self.config.classes, f"the label map '{self.config.label_map}'")
         outputs = self._outputs(view)
@@ -324,7 +340,38 @@ class Segmentation(Task):
         return loss(logits, target, valid, background=config.dice_background, batch=config.dice_batch)
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel, Regression, Segmentation)}
+class ChangeConfig(SegmentationConfig):
+    """
+    Attributes:
+        compare: what of the two dates' feature maps the decoder reads; see ``date_pairs.Compare``.
+    """
+
+    compare: Compare = "difference"
+
+
+class Change(Segmentation):
+    """A class for every place of a series of two dates, such as whether it changed in between; otherwise as
+    ``Segmentation``. A place counts where both dates are valid."""
+
+    name = "change"
+    Config = ChangeConfig
+    config: ChangeConfig
+
+    @property
+    def compare(self) -> Compare:
+        return self.config.compare
+
+    def seen(self, valid: Tensor) -> Tensor:
+        both = valid.all(self._others) if self._others else valid
+        # A batch of which no series has a second date has nothing to compare.
+        return both & (valid.shape[1 + self.backbone.spec.axes.index(TIME)] > 1)
+
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, MultiLabel, Regression, Segmentation, Change)
+}
+DENSE = tuple(name for name, task in TASKS.items() if issubclass(task, Segmentation))
+"""Tasks that learn from label maps."""
 
 
 def _partners(batch: Batch) -> Tensor:

@@ -12,6 +12,8 @@ from fmsuite.core.adaptation.freezing import Part, train_only
 from fmsuite.core.adaptation.lora import insert_lora
 from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.datewise import Datewise
+from fmsuite.core.backbones.rvsa import Outside
 from fmsuite.core.backbones.swin_unetr import SwinUNETR
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.vit import VisionTransformer
@@ -30,6 +32,9 @@ _PARTS: dict[Tune, Part] = {
 }
 
 
+_WINDOWS = ("rvsa_window", "rvsa_full_every", "rvsa_outside")
+
+
 class TuningOptions(ObjectiveConfig):
     """
     Attributes:
@@ -38,6 +43,9 @@ class TuningOptions(ObjectiveConfig):
         last_blocks: of that, only what is in the last so many blocks and behind them.
         lora_rank, lora_alpha, lora_targets, lora_dropout: see ``insert_lora``.
         adapter_width: see ``insert_adapters``.
+        attention: ``rvsa`` gives most blocks rotated varied-size windows in the place of full attention (Wang et al.
+            2022); their regressors train whatever ``tune`` says. The backbone's own attention otherwise.
+        rvsa_window, rvsa_full_every, rvsa_outside: see ``ModelConfig``.
         scratch: the control: the same network with fresh weights, all of which train, whatever ``tune`` says.
     """
 
@@ -48,6 +56,10 @@ class TuningOptions(ObjectiveConfig):
     lora_targets: tuple[str, ...] = ("q", "v")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     adapter_width: int = Field(default=64, ge=1)
+    attention: Literal["rvsa"] | None = None
+    rvsa_window: int = Field(default=7, ge=2)
+    rvsa_full_every: int = Field(default=3, ge=2)
+    rvsa_outside: Outside = "left_out"
     scratch: bool = False
 
     @model_validator(mode="after")
@@ -58,6 +70,13 @@ class TuningOptions(ObjectiveConfig):
         ):
             if self.tune != needed and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no effect without tune: {needed}")
+        for key in _WINDOWS:
+            if self.attention is None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect without attention: rvsa")
+        if self.attention is not None and self.tune == "frozen":
+            raise ValueError(
+                "attention: rvsa has windows to learn, and nothing of the backbone learns with tune: frozen"
+            )
         if self.tune == "frozen" and self.last_blocks is not None:
             raise ValueError("last_blocks has no effect with tune: frozen")
         return self
@@ -69,6 +88,8 @@ def tuned(backbone: Backbone, options: TuningOptions) -> Backbone:
     Raises:
         UsageError: if the backbone cannot be tuned so.
     """
+    if options.attention == "rvsa":
+        use_windows(backbone, options)
     if options.scratch:
         return from_scratch(backbone)
     if options.tune == "lora":
@@ -79,6 +100,31 @@ def tuned(backbone: Backbone, options: TuningOptions) -> Backbone:
     return backbone
 
 
+def use_windows(backbone: Backbone, options: TuningOptions) -> None:
+    """Put rotated varied-size windows into a plain vision transformer, in place.
+
+    Raises:
+        UsageError: for another backbone, one with other windows, or one whose tokens or positions cannot have any.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        raise UsageError(
+            f"attention: rvsa is for plain vision transformers, not for a {type(backbone).__name__}.",
+            "Use an encoder with a vit_* model, or leave attention out.",
+        )
+    changes = {"attention": "rvsa", **{key: getattr(options, key) for key in _WINDOWS}}
+    if backbone.config.attention == "rvsa":
+        if backbone.config.model_copy(update=changes) != backbone.config:
+            raise UsageError("This encoder has windows of another kind already.", "Leave attention out to keep them.")
+        return
+    before = backbone.config
+    backbone.config = before.model_copy(update=changes)
+    try:
+        backbone.insert_windows()
+    except UsageError:
+        backbone.config = before
+        raise
+
+
 def from_scratch(backbone: Backbone) -> Backbone:
     """A backbone of the same options and input with fresh weights, drawn from PyTorch's global generator, which is
     afterwards as it was: what is drawn next is equal in both arms of the comparison.
@@ -86,7 +132,7 @@ def from_scratch(backbone: Backbone) -> Backbone:
     Raises:
         UsageError: for a backbone of a kind that cannot be made again from its options.
     """
-    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR):
+    if not isinstance(backbone, VisionTransformer | TimmBackbone | SwinUNETR | Datewise):
         raise UsageError(
             f"A {type(backbone).__name__} cannot be made again without its weights.", "Leave the control out."
         )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fmsuite.core.backbones.positions import TimeEncoding
 from fmsuite.errors import UsageError, nearest
 
 
@@ -45,6 +46,8 @@ class ModelConfig(BaseModel):
             ``swin_unetr`` for Swin UNETR's encoder, of which ``width`` is the last stage's and ``heads`` the first's.
         input_size: length along the spatial axes; the domain's window if not given.
         patch_size: one number, or one for each input axis.
+        patch_embedding: ``linear``, a kernel slice learned for each channel; or ``wavelength``, kernels computed from
+            the channels' wavelengths, so that other bands than those of the training can be shown (``wavelengths.py``).
         width, depth, heads, mlp_ratio: override the named size.
         cls_token, registers: special tokens.
         positions: ``learned`` table, fixed ``sincos``, ``rotary`` in every attention, ``learned+rotary`` for both
@@ -56,7 +59,13 @@ class ModelConfig(BaseModel):
         position_scale: physical length that counts as one step when units are physical.
         position_widths: features for the sine-cosine code of each named axis; the others share the rest evenly
             (SatMAE gives its channel groups a width of their own).
+        time_encoding: what the sine-cosine code of the axis ``time`` encodes: the days since 2000-01-01, or
+            (``calendar``) year, month and hour, a third of the features each; SatMAE gives time 384 of them.
         rope_theta: base of the rotary frequencies.
+        attention: ``full``; or ``rvsa``, rotated varied-size windows in all blocks but some (``rvsa.py``).
+        rvsa_window: side of a window in tokens.
+        rvsa_full_every: each block of that number keeps full attention.
+        rvsa_outside: how points outside of the grid or on invalid tokens count.
         mlp: ``gelu``, or ``swiglu`` with DINOv2's fused layout (timm's ``GluMlp``, ``fc1`` then ``fc2``).
         norm: ``layer`` or ``rms`` normalisation.
         qkv_bias, bias: whether the blocks' attention projections, and their other linear layers, have biases.
@@ -65,6 +74,7 @@ class ModelConfig(BaseModel):
             uniform law, with the patch projection treated as a linear layer (MAE).
         depth_rescale: divide what block l = 1, 2, ... adds to the sequence (the weights of ``attn.proj`` and
             ``mlp.fc2``) by sqrt(2 l) at the start (BEiT, I-JEPA).
+        datewise: of a time series, each date by itself (``datewise.py``): all other options are of one date.
         drop_path: rate of the last block; it grows linearly from 0 at the first unless ``drop_path_uniform``.
         min_valid: share of valid values that a patch needs to be a token.
         weights: anything ``load_encoder`` opens, to start from (continued pretraining).
@@ -75,6 +85,7 @@ class ModelConfig(BaseModel):
     name: str = "vit_small"
     input_size: int | tuple[int, ...] | None = None
     patch_size: int | tuple[int, ...] = 16
+    patch_embedding: Literal["linear", "wavelength"] = "linear"
     width: int | None = Field(default=None, ge=1)
     depth: int | None = Field(default=None, ge=1)
     heads: int | None = Field(default=None, ge=1)
@@ -86,7 +97,12 @@ class ModelConfig(BaseModel):
     position_units: Literal["index", "physical"] = "index"
     position_scale: float = Field(default=1.0, gt=0)
     position_widths: dict[str, int] | None = None
+    time_encoding: TimeEncoding = "days"
     rope_theta: float = Field(default=100.0, gt=0)
+    attention: Literal["full", "rvsa"] = "full"
+    rvsa_window: int = Field(default=7, ge=2)
+    rvsa_full_every: int = Field(default=3, ge=2)
+    rvsa_outside: Literal["left_out", "zeros"] = "left_out"
     mlp: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layer", "rms"] = "layer"
     qkv_bias: bool = True
@@ -94,6 +110,7 @@ class ModelConfig(BaseModel):
     layer_scale: float | None = None
     init: Literal["normal", "xavier"] = "normal"
     depth_rescale: bool = False
+    datewise: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     drop_path_uniform: bool = False
     min_valid: float = Field(default=0.5, gt=0, le=1)
@@ -106,7 +123,9 @@ class ModelConfig(BaseModel):
         for key, wanted, needed in (
             ("rope_theta", self.rotary, "positions: rotary"),
             ("position_widths", self.positions == "sincos", "positions: sincos"),
+            ("time_encoding", self.positions == "sincos", "positions: sincos"),
             ("position_scale", self.position_units == "physical", "position_units: physical"),
+            *((key, self.attention == "rvsa", "attention: rvsa") for key in fields if key.startswith("rvsa_")),
             ("position_units", self.positions == "sincos" or self.rotary, "positions: sincos or rotary"),
         ):
             if not wanted and getattr(self, key) != fields[key].default:

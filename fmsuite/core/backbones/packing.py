@@ -26,6 +26,7 @@ class Group(NamedTuple):
         rotary: rotation of queries and keys, for all tokens of a sequence.
         key_mask: (B, N) bool, False at tokens that nothing may attend to. Every row needs a True.
         position_bias: (heads, N, N) or (B, heads, N, N), added to the logits.
+        shape: the grid that the last tokens of a sequence fill in row-major order, where they fill one.
     """
 
     samples: int
@@ -33,6 +34,7 @@ class Group(NamedTuple):
     rotary: Rotary | None = None
     key_mask: Tensor | None = None
     position_bias: Tensor | None = None
+    shape: tuple[int, ...] | None = None
 
 
 def starts_of(groups: Sequence[Group]) -> list[int]:
@@ -53,7 +55,7 @@ def _select(group: Group, rows: Tensor) -> Group:
         mask = mask.index_select(0, rows)
     if bias is not None and bias.dim() == 4:
         bias = bias.index_select(0, rows)
-    return Group(rows.shape[0], group.tokens, turn, mask, bias)
+    return Group(rows.shape[0], group.tokens, turn, mask, bias, group.shape)
 
 
 def token_rows(groups: Sequence[Group], kept: Kept) -> tuple[Tensor, Tensor]:

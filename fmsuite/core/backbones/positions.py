@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmsuite.core.backbones.calendar import calendar
 from fmsuite.core.inputs import SPATIAL_AXES
 from fmsuite.core.tokens import TokenLayout
 from fmsuite.errors import UsageError
 
 OMEGA = 10_000.0
+TIME = "time"
+TimeEncoding = Literal["days", "calendar"]
+"""What of a date the sine-cosine code encodes: the days since 2000-01-01, or year, month and hour (``calendar``)."""
 
 
 def axis_coordinates(
@@ -78,6 +83,7 @@ def sincos_positions(
     physical: bool = False,
     scale: float = 1.0,
     widths: Mapping[str, int] | None = None,
+    time: TimeEncoding = "days",
     options: str = "model.",
 ) -> Tensor:
     """Fixed sine-cosine code of every token (Vaswani et al. 2017, section 3.5, once for each axis).
@@ -87,28 +93,76 @@ def sincos_positions(
     features holds ``sin(c / 10000^(2i/w))`` for i < w/2, then the cosines. See ``axis_widths`` for the division;
     features left over are zero.
 
+    Args:
+        time: ``calendar`` divides the features of the axis ``time`` into three equal parts, of the largest even width
+            that fits, for year - 2002, month - 1 and hour, in this order: SatMAE's temporal code (Cong et al. 2022,
+            section 3.2), which stands behind that of the place, as there.
+
     Returns:
         (N, width), or (B, N, width) if coordinates differ between samples; float32.
 
     Raises:
-        UsageError: see ``axis_coordinates`` and ``axis_widths``.
+        UsageError: see ``axis_coordinates`` and ``axis_widths``; for a calendar of tokens that have no dates, or one
+            with fewer than six features.
     """
     shares = axis_widths(layout.axes, width, widths, options)
+    if time == "calendar":
+        check_calendar(shares, options)
+        if layout.coords.dim() == 2:
+            raise UsageError(
+                f"{options}time_encoding is calendar, and these samples bring no dates.",
+                f"Set {options}time_encoding to days, which then counts them.",
+            )
     columns = axis_coordinates(layout, physical, scale, options)
     parts = []
     for axis in reversed(layout.axes):
-        half = shares[axis] // 2
-        # Made where they are used: for a copy from the host the host would wait.
-        steps = torch.arange(half, dtype=torch.float64, device=layout.coords.device) / half
-        frequencies = (1.0 / OMEGA**steps).to(torch.float32)
-        angles = columns[axis][..., None] * frequencies
-        parts += [angles.sin(), angles.cos()]
+        if time == "calendar" and axis == TIME:
+            each = 2 * (shares[axis] // 6)
+            parts += [_waves(column, each) for column in calendar(columns[axis]).unbind(-1)]
+            rest = shares[axis] - 3 * each
+            parts.append(columns[axis].new_zeros((*columns[axis].shape, rest)))
+        else:
+            parts.append(_waves(columns[axis], shares[axis]))
     batched = max(part.dim() for part in parts) == 3
     if batched:
         rows = max(len(part) for part in parts if part.dim() == 3)
         parts = [part if part.dim() == 3 else part.expand(rows, -1, -1) for part in parts]
     code = torch.cat(parts, dim=-1)
     return F.pad(code, (0, width - code.shape[-1]))
+
+
+def _waves(column: Tensor, width: int) -> Tensor:
+    """(...) coordinates to (..., width): sines, then cosines."""
+    half = width // 2
+    # Made where they are used: for a copy from the host the host would wait.
+    steps = torch.arange(half, dtype=torch.float64, device=column.device) / half
+    angles = column[..., None] * (1.0 / OMEGA**steps).to(torch.float32)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def as_dated(layout: TokenLayout) -> TokenLayout:
+    """The layout of one sample that has coordinates of its own, to try positions that need dates."""
+    return layout if layout.coords.dim() == 3 else replace(layout, coords=layout.coords[None])
+
+
+def check_calendar(shares: Mapping[str, int], options: str = "model.") -> None:
+    """
+    Args:
+        shares: see ``axis_widths``.
+
+    Raises:
+        UsageError: if there is no axis ``time``, or it has not two features each for year, month and hour.
+    """
+    if TIME not in shares:
+        raise UsageError(
+            f"{options}time_encoding is calendar, and the tokens' axes are {', '.join(shares)}.",
+            "Give the data as time series (remote sensing: data.series), or leave it out.",
+        )
+    if shares[TIME] < 6:
+        raise UsageError(
+            f"{options}time_encoding: {shares[TIME]} features cannot hold year, month and hour.",
+            f"Give time at least 6 of them in {options}position_widths.",
+        )
 
 
 class Rotary(NamedTuple):

@@ -49,8 +49,8 @@ def to_timm(model: VisionTransformer, pooling: str = "cls") -> TimmLayout:
         pooling: ``mean`` makes timm average the patches after the final norm; otherwise it takes the class token.
 
     Raises:
-        UsageError: naming why timm cannot hold the model: its input, rotary, relative or physical positions, RMS
-            normalisation, or layers without biases.
+        UsageError: naming why timm cannot hold the model: its input, an embedding from wavelengths, windowed attention,
+            rotary, relative or physical positions, RMS normalisation, or layers without biases.
     """
     way_out = "Export it with the layout 'native' (--layout native)."
     try:
@@ -62,6 +62,8 @@ def to_timm(model: VisionTransformer, pooling: str = "cls") -> TimmLayout:
         what = "rotary" if config.rotary else "physical"
         raise UsageError(f"timm's VisionTransformer has no {what} positions like this model's.", way_out)
     for unknown, what in (
+        (config.patch_embedding != "linear", "patch embedding from wavelengths"),
+        (config.attention != "full", "windowed attention"),
         (config.positions == "relative", "relative positions"),
         (config.norm != "layer", "RMS normalisation by name"),
         (not config.bias, "blocks without biases"),

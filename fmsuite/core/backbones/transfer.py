@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fmsuite.core.backbones.base import Backbone
+from fmsuite.core.backbones.datewise import Datewise
 from fmsuite.core.backbones.layers import mlp_hidden
 from fmsuite.core.backbones.positions import resample_table
 from fmsuite.core.backbones.relative_bias import resample_offsets
@@ -13,11 +14,12 @@ from fmsuite.core.backbones.swin_unetr import SwinUNETR, load_swin
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.timm_layout import load_equal
 from fmsuite.core.backbones.vit import VisionTransformer
+from fmsuite.core.backbones.wavelengths import carry_over
 from fmsuite.core.backbones.weights import is_sincos, recognise
 from fmsuite.errors import UsageError
 
 _OFFSETS = "rel_pos_bias.relative_position_bias_table"
-_SHAPE = ("mlp", "norm", "qkv_bias", "bias", "cls_token", "registers")
+_SHAPE = ("patch_embedding", "mlp", "norm", "qkv_bias", "bias", "cls_token", "registers")
 
 
 def transfer(source: Backbone, target: Backbone, origin: str) -> None:
@@ -26,8 +28,8 @@ def transfer(source: Backbone, target: Backbone, origin: str) -> None:
     Between vision transformers, a learned table, of positions or of their differences, is resampled to the target's
     grid; a class token's position is added to the token where the target has no row for it; a stored table that is the
     sine-cosine one serves a target that computes it; kernel slices are picked by channel name (see
-    ``encoders.select_channels``). Everything else has to be equal. A timm transformer can start a
-    ``VisionTransformer``.
+    ``encoders.select_channels``), and an embedding from wavelengths takes any bands. Everything else has to be equal. A
+    timm transformer can start a ``VisionTransformer``.
 
     Args:
         origin: the source's name in messages.
@@ -35,6 +37,8 @@ def transfer(source: Backbone, target: Backbone, origin: str) -> None:
     Raises:
         UsageError: naming what does not fit.
     """
+    if isinstance(source, Datewise):
+        source = source.single
     if isinstance(target, TimmBackbone):
         if not isinstance(source, TimmBackbone) or source.config.name != target.config.name:
             raise UsageError(f"{origin}: cannot start '{target.config.name}'.", "Name weights of the same model.")
@@ -111,6 +115,9 @@ def _positions(state: dict[str, Tensor], source: VisionTransformer, target: Visi
 
 def _channels(state: dict[str, Tensor], source: VisionTransformer, target: VisionTransformer, origin: str) -> None:
     have, want = source.spec.channel_names, target.spec.channel_names
+    if target.config.patch_embedding == "wavelength":
+        carry_over(state, source.spec, target.spec, origin)
+        return
     if have == want and source.spec.groups == target.spec.groups:
         return
     missing = [name for name in want if name not in have]

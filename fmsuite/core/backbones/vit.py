@@ -19,6 +19,7 @@ from fmsuite.core.backbones.patch_embed import BagEmbed, PatchEmbed
 from fmsuite.core.backbones.positions import (
     Rotary,
     axis_widths,
+    check_calendar,
     check_regular,
     resample_table,
     rotary,
@@ -26,6 +27,8 @@ from fmsuite.core.backbones.positions import (
     sincos_positions,
 )
 from fmsuite.core.backbones.relative_bias import RelativePositionBias
+from fmsuite.core.backbones.rvsa import RotatedWindowAttention, check_windows, window_blocks
+from fmsuite.core.backbones.wavelengths import WavelengthEmbed
 from fmsuite.core.data.sample import View
 from fmsuite.core.inputs import InputSpec
 from fmsuite.core.tokens import PatchGrid, TokenLayout, take
@@ -68,7 +71,7 @@ class VisionTransformer(Backbone):
         self.width = size.width
         self.depth = size.depth
         self.grid = None if spec.bag else PatchGrid.build(spec, config.patch_size, config.min_valid)
-        self.patch_embed = BagEmbed(spec, size.width) if self.grid is None else PatchEmbed(self.grid, size.width)
+        self.patch_embed = self._make_embedding()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width)) if config.cls_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, size.width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, size.width))
@@ -78,11 +81,18 @@ class VisionTransformer(Backbone):
         self.blocks = nn.ModuleList(self.make_block(number, self._drop_path(number)) for number in range(size.depth))
         self.norm = make_norm(size.width, config.norm)
         self._checkpointing = self._compiled = False
+        if config.attention == "rvsa":
+            self.insert_windows()
         self.init_weights()
 
     def init_weights(self) -> None:
         """Set every parameter to its starting value (PyTorch's global generator)."""
         self.apply(partial(init_transformer, law=self.config.init))
+        if isinstance(self.patch_embed, WavelengthEmbed):
+            self.patch_embed.init_weights()
+        for module in self.modules():
+            if isinstance(module, RotatedWindowAttention):
+                module.init_regressors()
         for token in (self.cls_token, self.reg_token, self.mask_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
@@ -92,6 +102,21 @@ class VisionTransformer(Backbone):
                     nn.init.constant_(gamma, self.config.layer_scale)
         if self.config.depth_rescale:
             rescale_by_depth(self.blocks)
+
+    def insert_windows(self) -> None:
+        """Give the blocks the windowed attention that ``config`` describes, in place; weights are kept.
+
+        Raises:
+            UsageError: for tokens or positions that windows cannot have.
+        """
+        config = self.config
+        check_windows(self.spec.axes if self.grid is None else self.grid.token_axes, config.positions)
+        if self.grid is None:
+            raise UsageError("attention: rvsa needs a grid of tokens; a bag of vectors has none.", "Remove it.")
+        prefix = self.num_prefix_tokens
+        window_blocks(self.blocks, config.rvsa_window, config.rvsa_full_every, prefix, config.rvsa_outside)
+        self.can_drop_tokens = False
+        self.can_show_attention = self.has_cls or self.depth % config.rvsa_full_every == 0
 
     @property
     def has_cls(self) -> bool:
@@ -180,6 +205,8 @@ class VisionTransformer(Backbone):
         """What goes into the first block, (B, S, D), where its patches are, and what attention needs to know."""
         if keep is None and keep_valid is not None:
             raise ValueError("keep_valid marks padding in keep, which was not given")
+        if keep is not None and not self.can_drop_tokens:
+            raise UsageError("A model with attention: rvsa needs all tokens of its windows.", "Drop none of them.")
         layout = self.layout(view)
         patch_positions, cls_position = self._positions(layout)
         position_bias = self._bias(layout, keep)
@@ -201,8 +228,11 @@ class VisionTransformer(Backbone):
         if keep_valid is not None:
             layout = replace(layout, valid=keep_valid if layout.valid is None else layout.valid & keep_valid)
         sequence = self._with_prefix(x, cls_position)
-        group = Group(len(sequence), sequence.shape[1], self._rotary(layout), self._key_mask(layout), position_bias)
-        return sequence, layout, group
+        return sequence, layout, self._group(sequence, layout, position_bias)
+
+    def _group(self, sequence: Tensor, layout: TokenLayout, position_bias: Tensor | None) -> Group:
+        turn, keys = self._rotary(layout), self._key_mask(layout)
+        return Group(len(sequence), sequence.shape[1], turn, keys, position_bias, layout.shape)
 
     def _features(
         self,
@@ -258,9 +288,7 @@ class VisionTransformer(Backbone):
         Returns:
             (B, S, D), without a norm.
         """
-        group = Group(
-            len(sequence), sequence.shape[1], self._rotary(layout), self._key_mask(layout), self._bias(layout, None)
-        )
+        group = self._group(sequence, layout, self._bias(layout, None))
         blocks = list(blocks)
         paths = [path for block in blocks for path in _paths(block)]
         kept = draw_kept(paths, [(len(sequence), keys)], sequence.device, compiled=self._compiled)
@@ -332,6 +360,16 @@ class VisionTransformer(Backbone):
             return None
         return key_mask_of(layout.valid, self.num_prefix_tokens)
 
+    def _make_embedding(self) -> PatchEmbed | WavelengthEmbed | BagEmbed:
+        by_wavelength = self.config.patch_embedding == "wavelength"
+        if self.grid is None:
+            if by_wavelength:
+                raise UsageError("A bag of vectors has no bands with wavelengths.", "Remove model.patch_embedding.")
+            return BagEmbed(self.spec, self.width)
+        if by_wavelength:
+            return WavelengthEmbed(self.spec, self.grid, self.width, self.config.init)
+        return PatchEmbed(self.grid, self.width)
+
     def _make_table(self) -> nn.Parameter | None:
         if not self.config.learned:
             return None
@@ -365,7 +403,9 @@ class VisionTransformer(Backbone):
     def _check_positions(self, head_dim: int) -> None:
         axes = self.spec.axes if self.grid is None else self.grid.token_axes
         if self.config.positions == "sincos":
-            axis_widths(axes, self.width, self.config.position_widths)
+            shares = axis_widths(axes, self.width, self.config.position_widths)
+            if self.config.time_encoding == "calendar":
+                check_calendar(shares)
         if self.config.rotary:
             rotary_angles(TokenLayout(axes, torch.zeros(1, len(axes))), head_dim, self.config.rope_theta)
 
@@ -378,6 +418,7 @@ class VisionTransformer(Backbone):
                 physical=self.config.position_units == "physical",
                 scale=self.config.position_scale,
                 widths=self.config.position_widths,
+                time=self.config.time_encoding,
             )
             return code.to(self.norm.weight.dtype), None
         if self.pos_embed is None or self.grid is None:

@@ -72,7 +72,7 @@ def crop_array_sample(
         valid=valid,
         spacing=spacing,
         maps={
-            name: np.ascontiguousarray(labels[np.ix_(*(a.nearest() for a in axes))])
+            name: np.ascontiguousarray(labels[np.ix_(*(a.nearest() for a in axes[-labels.ndim :]))])
             for name, labels in sample.maps.items()
         },
     )

@@ -53,7 +53,7 @@ class SampleView:
         key: a 63-bit number that names this draw.
         bag: it is a bag of vectors.
         adjust: as in ``ArraySample``.
-        maps: label maps that the request named, (*size) integers.
+        maps: label maps that the request named, (*size) integers, or of the last axes alone.
         box: (2, A) float32, as in ``View``; ``None`` for a bag.
     """
 
@@ -230,7 +230,7 @@ class ViewPipeline:
             return cut
         valid = np.ones((1, *cut.size), dtype=bool) if cut.valid is None else cut.valid
         coords = {axis: _edge_padded(values, size[self.axes.index(axis)]) for axis, values in cut.coords.items()}
-        maps = {name: _padded(labels, size) for name, labels in cut.maps.items()}
+        maps = {name: _padded(labels, size[-labels.ndim :]) for name, labels in cut.maps.items()}
         values = _padded(cut.values, (len(cut.values), *size))
         return cut.replace(values=values, valid=_padded(valid, (len(valid), *size)), coords=coords, maps=maps)
 
@@ -401,7 +401,10 @@ def _stack(views: Sequence[SampleView]) -> View:
         spacing,
         torch.tensor([view.key for view in views], dtype=torch.int64),
         stacked([view.adjust for view in views]),
-        maps={name: _tensor([view.maps[name] for view in views], longest) for name in first.maps},
+        maps={
+            name: _tensor([view.maps[name] for view in views], longest[-labels.ndim :])
+            for name, labels in first.maps.items()
+        },
         box=None
         if first.box is None
         else torch.from_numpy(np.stack([view.box for view in views if view.box is not None])),

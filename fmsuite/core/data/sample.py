@@ -66,7 +66,8 @@ class ArraySample(Sample):
         coords: positions along axes that are not evenly spaced: ``{"time": (T,) days since 2000-01-01}``; for a bag,
             each axis to (N,).
         spacing: physical length of one array sample along each axis, where it is known and varies between sources.
-        maps: integer label maps (*size) that are cropped along with the pixels (drawing layers, organ masks); a
+        maps: integer label maps (*size), or of the last axes alone where they are alike along the first ones (dates),
+            that are cropped along with the pixels (drawing layers, organ masks); a
             plugin's mask sampler may read them, and a view brings those that its request names.
         adjust: what is still to be done to the values, on the device.
     """
@@ -196,8 +197,8 @@ class View:
         keys: (B,) int64, a number for each sample and draw, for randomness inside the network; they stay on the host.
         adjust: parameters of what is still to be done to the raw pixels (``core.data.adjust``), (B, ...) each; they
             stay on the host. ``None`` once it is done.
-        maps: the label maps that the request named, (B, *size) integers; 0 where a shorter sample is padded, which
-            ``valid`` tells.
+        maps: the label maps that the request named, (B, *size) integers, or of the last axes alone; 0 where a shorter
+            sample is padded, which ``valid`` tells.
         box: (B, 2, A) float32, where the view was cut from, before it was flipped or turned: start and extent along
             each axis as shares of the sample's length. ``None`` for bags.
     """

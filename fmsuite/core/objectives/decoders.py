@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.backbones.layers import Block, key_mask_of, layer_norm
-from fmsuite.core.backbones.positions import sincos_positions
+from fmsuite.core.backbones.positions import TimeEncoding, as_dated, sincos_positions
 from fmsuite.core.data.sample import View
 from fmsuite.core.objectives.base import check_heads
 from fmsuite.core.objectives.group_heads import group_heads, groups_of, project
@@ -23,7 +23,8 @@ class DecoderConfig(MaskedViewConfig):
 
     Attributes:
         decoder_width, decoder_depth, decoder_heads: the decoder, which is thrown away after training.
-        decoder_position_units, decoder_position_scale, decoder_position_widths: as the model's options of these names.
+        decoder_position_units, decoder_position_scale, decoder_position_widths, decoder_time_encoding: as the model's
+            options of these names.
     """
 
     decoder_width: int = Field(default=512, ge=2)
@@ -32,6 +33,7 @@ class DecoderConfig(MaskedViewConfig):
     decoder_position_units: Literal["index", "physical"] = "index"
     decoder_position_scale: float = Field(default=1.0, gt=0)
     decoder_position_widths: dict[str, int] | None = None
+    decoder_time_encoding: TimeEncoding = "days"
 
 
 def check_decoder(objective: MaskedView, config: DecoderConfig) -> None:
@@ -42,7 +44,7 @@ def check_decoder(objective: MaskedView, config: DecoderConfig) -> None:
             where positions are physical.
     """
     check_heads(config, "decoder")
-    decoder_positions(objective.whole_layout(), config)
+    decoder_positions(as_dated(objective.whole_layout()), config)
 
 
 def decoder_positions(layout: TokenLayout, config: DecoderConfig) -> Tensor:
@@ -53,6 +55,7 @@ def decoder_positions(layout: TokenLayout, config: DecoderConfig) -> Tensor:
         physical=config.decoder_position_units == "physical",
         scale=config.decoder_position_scale,
         widths=config.decoder_position_widths,
+        time=config.decoder_time_encoding,
         options="objective.decoder_",
     )
 
@@ -69,18 +72,22 @@ class MaskDecoder(VisibleEncoder):
     place, go through self-attention blocks at a width of their own.
 
     Parameters ``decoder_embed mask_token decoder_blocks decoder_norm decoder_pred``, the names of the public MAE code.
-    Positions are fixed sine-cosine codes of the layout, zero for the class token. A subclass that predicts something
-    other than pixels says in ``outputs`` how many values each channel group's head has.
+    Positions are fixed sine-cosine codes of the layout, zero for the class token unless a subclass sets ``cls_code``. A
+    subclass that predicts something other than pixels says in ``outputs`` how many values each channel group's head
+    has.
 
     Raises:
         UsageError: as ``VisibleEncoder`` and ``check_decoder``.
     """
 
     config: DecoderConfig
+    cls_code: Tensor | None
+    """(decoder_width,) position code of the class token; ``None`` is zero."""
 
     def __init__(self, config: DecoderConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         check_decoder(self, config)
+        self.register_buffer("cls_code", None, persistent=False)
         width, heads = config.decoder_width, config.decoder_heads
         self.decoder_embed = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -145,7 +152,10 @@ class MaskDecoder(VisibleEncoder):
         tokens = tokens.scatter(1, ids[..., None].expand_as(shown), shown)
         tokens = tokens + self._positions(layout).to(tokens.dtype)
         if prefix:
-            tokens = torch.cat([embedded[:, :1], tokens], dim=1)
+            first = embedded[:, :1]
+            if self.cls_code is not None:
+                first = first + self.cls_code.to(first.dtype)
+            tokens = torch.cat([first, tokens], dim=1)
         return tokens, key_mask_of(layout.valid, prefix)
 
     def _positions(self, layout: TokenLayout) -> Tensor:

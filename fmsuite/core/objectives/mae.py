@@ -9,19 +9,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fmsuite.core.backbones.base import Backbone
 from fmsuite.core.data.sample import Batch, View
 from fmsuite.core.distributed import mean_over
 from fmsuite.core.objectives.base import Card, ObjectiveConfig, StepContext, register
-from fmsuite.core.objectives.decoders import DecoderConfig, MaskDecoder
+from fmsuite.core.objectives.decoders import MaskDecoder
 from fmsuite.core.objectives.reconstruction import Reconstruction, fill_in
+from fmsuite.core.objectives.satmae import (
+    GroupOptions,
+    check_groups,
+    cls_group_code,
+    misplaced_channels,
+)
 from fmsuite.core.objectives.single_view import VIEW, Visible, masked_ids
 from fmsuite.core.tokens import PatchGrid, take
 
 EPSILON = 1e-6
 
 
-class MAEConfig(DecoderConfig):
-    """The options of ``DecoderConfig``, and:
+class MAEConfig(GroupOptions):
+    """The options of ``GroupOptions``, and:
 
     Attributes:
         mask_ratio: share of tokens that the encoder does not see: 0.75 of an image, 0.9 of a volume or a series.
@@ -55,11 +62,36 @@ def patch_targets(grid: PatchGrid, view: View, ids: Tensor | None = None) -> tup
         pixels, counted = take(pixels, ids), take(counted, ids)
     pixels = torch.where(counted, pixels, 0.0)
     weight = counted.to(torch.float32)
+    return pixels, weight, *patch_statistics(pixels, weight)
+
+
+def patch_statistics(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and ``sqrt(variance + 1e-6)`` (unbiased) of the counted values along the last axis, which stays with length
+    one.
+
+    Args:
+        values: float32, zero where not counted.
+        weight: of the same shape, 1 at values that count, else 0.
+    """
     number = weight.sum(-1, keepdim=True)
-    mean = pixels.sum(-1, keepdim=True) / number.clamp(min=1)
-    square = (weight * (pixels - mean) ** 2).sum(-1, keepdim=True)
-    spread = (square / (number - 1).clamp(min=1) + EPSILON).sqrt()
-    return pixels, weight, mean, spread
+    mean = values.sum(-1, keepdim=True) / number.clamp(min=1)
+    square = (weight * (values - mean) ** 2).sum(-1, keepdim=True)
+    return mean, (square / (number - 1).clamp(min=1) + EPSILON).sqrt()
+
+
+def place_statistics(grid: PatchGrid, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``patch_statistics`` over all channel groups at each place together.
+
+    Args:
+        values, weight: (B, N, P) of all tokens, see ``patch_targets``.
+
+    Returns:
+        (B, N, 1) float32 each, equal for all tokens of a place.
+    """
+    groups = len(grid.groups)
+    places = [part.unflatten(1, (groups, -1)).transpose(1, 2).flatten(2) for part in (values, weight)]
+    mean, spread = (part.repeat(1, groups, 1) for part in patch_statistics(*places))
+    return mean, spread
 
 
 def masked_mean_error(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
@@ -107,12 +139,18 @@ class MAE(MaskDecoder):
     Config: ClassVar[type[ObjectiveConfig]] = MAEConfig
     card: ClassVar[Card] = Card(
         family="pixels",
-        paper="He et al. 2021, arXiv:2111.06377",
+        paper="He et al. 2021, arXiv:2111.06377; channel groups: Cong et al. 2022, arXiv:2207.08051",
         predicts="pixels of the masked patches, each normalised by its own statistics, from the visible ones",
         masks="75% at random; the encoder never sees them",
-        checked="public MAE code: loss, prediction, every gradient",
+        checked="public MAE code: loss, prediction, every gradient; public SatMAE code, in four modes",
     )
     config: MAEConfig
+
+    def __init__(self, config: MAEConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        check_groups(config, self.grid, config.norm_pix, backbone.has_cls)
+        if config.decoder_cls_group:
+            self.cls_code = cls_group_code(self.grid, config)
 
     def target_count(self, batch: Batch) -> Tensor:
         """The masked tokens."""
@@ -123,7 +161,10 @@ class MAE(MaskDecoder):
         return {"loss": self.decoder_loss(view, self.encode(view))}
 
     def decoder_loss(self, view: View, visible: Visible) -> Tensor:
-        """The loss of what is decoded at the masked tokens, and at no others."""
+        """The loss of what is decoded at the masked tokens, and at no others but with ``reference_channels``."""
+        if self.config.reference_channels:
+            prediction = misplaced_channels(self.grid, self.decode(visible))
+            return self.reconstruction_loss(view, prediction, visible.mask)
         ids, counted = masked_ids(visible.mask)
         return self.reconstruction_loss(view, self.decode(visible, ids), counted, ids)
 
@@ -136,13 +177,33 @@ class MAE(MaskDecoder):
             mask: (B, N) bool.
             ids: (B, N) int64, which tokens these are; ``None`` means all of the view's.
         """
-        target, weight = pixel_targets(self.grid, view, self.config.norm_pix, ids)
+        if self.config.norm_over == "place":
+            target, weight = self._place_targets(view, ids)
+        else:
+            target, weight = pixel_targets(self.grid, view, self.config.norm_pix, ids)
         return masked_mean_error(prediction, target, weight, mask)
+
+    def _place_targets(self, view: View, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(view.pixels.device.type, enabled=False):
+            target, weight, _, _ = patch_targets(self.grid, view)
+            mean, spread = place_statistics(self.grid, target, weight)
+            target = (target - mean) / spread
+            return (target, weight) if ids is None else (take(target, ids), take(weight, ids))
+
+    def statistics(self, view: View) -> tuple[Tensor, Tensor] | None:
+        """(B, N, 1) mean and deviation by which each patch is normalised as a target; ``None`` without ``norm_pix``."""
+        if not self.config.norm_pix:
+            return None
+        values, weight, mean, spread = patch_targets(self.grid, view)
+        if self.config.norm_over == "place":
+            return place_statistics(self.grid, values, weight)
+        return mean, spread
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Reconstruction:
-        """With ``norm_pix``, scaled back by the mean and deviation of the patch that was hidden."""
+        """With ``norm_pix``, scaled back by the mean and deviation of what was hidden."""
         view = batch.views[VIEW][0]
         prediction, mask = self.predict(view)
-        statistics = patch_targets(self.grid, view)[2:] if self.config.norm_pix else None
-        return fill_in(self.grid, view, prediction, mask, statistics)
+        if self.config.reference_channels:
+            prediction = misplaced_channels(self.grid, prediction)
+        return fill_in(self.grid, view, prediction, mask, self.statistics(view))

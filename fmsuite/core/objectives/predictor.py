@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fmsuite.core.backbones.base import Features
 from fmsuite.core.backbones.layers import Block, init_transformer, key_mask_of, layer_norm, rescale_by_depth
-from fmsuite.core.backbones.positions import sincos_positions
+from fmsuite.core.backbones.positions import TimeEncoding, as_dated, sincos_positions
 from fmsuite.core.objectives.base import ObjectiveConfig, check_heads
 from fmsuite.core.objectives.stochastic_positions import stochastic_positions
 from fmsuite.core.tokens import TokenLayout, take
@@ -21,8 +21,8 @@ class PredictorConfig(ObjectiveConfig):
     Attributes:
         predictor_width, predictor_depth, predictor_heads: the predictor, which is thrown away after training. The
             publications give it as many heads as the encoder has.
-        predictor_position_units, predictor_position_scale, predictor_position_widths: as the model's options of these
-            names.
+        predictor_position_units, predictor_position_scale, predictor_position_widths, predictor_time_encoding: as the
+            model's options of these names.
         stochastic_positions: variance of the noise from which the positions of masked tokens are drawn (Bar et al.
             2024); 0 leaves them where they are.
     """
@@ -33,6 +33,7 @@ class PredictorConfig(ObjectiveConfig):
     predictor_position_units: Literal["index", "physical"] = "index"
     predictor_position_scale: float = Field(default=1.0, gt=0)
     predictor_position_widths: dict[str, int] | None = None
+    predictor_time_encoding: TimeEncoding = "days"
     stochastic_positions: float = Field(default=0.0, ge=0)
 
 
@@ -61,7 +62,7 @@ class Predictor(nn.Module):
         check_heads(config, "predictor")
         width, heads = config.predictor_width, config.predictor_heads
         self.config = config
-        self._positions(layout)
+        self._positions(as_dated(layout))
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(masks, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads, index=number) for number in range(config.predictor_depth))
@@ -128,5 +129,6 @@ class Predictor(nn.Module):
             physical=self.config.predictor_position_units == "physical",
             scale=self.config.predictor_position_scale,
             widths=self.config.predictor_position_widths,
+            time=self.config.predictor_time_encoding,
             options="objective.predictor_",
         )

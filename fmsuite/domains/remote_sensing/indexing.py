@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.domains.remote_sensing.layout import plan_layouts
 from fmsuite.domains.remote_sensing.names import Name, read_names
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.probe import Probe, probe
@@ -28,7 +29,8 @@ def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: 
             named.append((file, name))
         else:
             skipped.add_failure(name)
-    labels = assign_labels(options, paths, files, skipped, {file.path: name.place for file, name in named})
+    asked = options if options.places is None else options.model_copy(update={"labels": "none"})
+    labels = assign_labels(asked, paths, files, skipped, {file.path: name.place for file, name in named})
     together: dict[str, list[SourceFile]] = {}
     for file, name in named:
         together.setdefault(name.scene, []).append(file)
@@ -49,11 +51,17 @@ def index_raster(task: SourceTask, options: RemoteSensingOptions) -> SourceRows:
 
 
 def settle(found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped: SkippedLog) -> list[SourceTask]:
-    """A task for each scene or series; see ``scenes.settle_scenes``."""
+    """A task for each scene or series; see ``scenes.settle_scenes`` and ``layout.plan_layouts``."""
     tasks = {source.task.path: source.task for source in found}
     probes = [Probe.recalled(source.facts) for source in found]
     settled = []
-    for first, unit in settle_scenes(probes, options, skipped):
+    units = settle_scenes(probes, options, skipped)
+    known = {unit.source: tasks[first.path].known for first, unit in units}
+    plans = plan_layouts([unit for _, unit in units], known, options, skipped)
+    for first, scene in units:
+        if scene.source not in plans:
+            continue
+        unit = replace(scene, plan=plans[scene.source])
         others = tuple(path for _, paths in unit.dates for path in paths)[1:]
         settled.append(SourceTask(first.path, first.place, tasks[first.path].known, others, asdict(unit)))
     return settled

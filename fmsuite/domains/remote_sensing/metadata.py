@@ -9,6 +9,7 @@ import numpy as np
 
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.domains.remote_sensing.layout import layout_metadata
 from fmsuite.domains.remote_sensing.map_files import class_texts
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.probe import frozen
@@ -39,6 +40,7 @@ def describe(
     }
     if options.map_column:
         metadata["map_classes"] = class_texts(options)
+    metadata |= layout_metadata(facts, options)
     metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
     return metadata
 

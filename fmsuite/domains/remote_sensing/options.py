@@ -8,8 +8,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from fmsuite.domains.base import DomainOptions
+from fmsuite.domains.remote_sensing.blocks import BlockOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
 from fmsuite.domains.remote_sensing.maps import MapOptions
+from fmsuite.domains.remote_sensing.places import PlaceOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
 from fmsuite.errors import nearest
 from fmsuite.tiling.labels import LabelOptions
@@ -18,11 +20,12 @@ DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
 
-class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions):
+class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions, PlaceOptions, BlockOptions):
     """How rasters become windows, and what is known about the rasters.
 
     The latter is in the options of ``LayerOptions`` (sensors), ``MapOptions`` and ``LabelOptions``: a group is a scene,
-    and a line of a labels file may also name a place (see ``place_pattern`` and ``series``).
+    and a line of a labels file may also name a place (see ``place_pattern`` and ``series``). ``PlaceOptions`` have
+    windows around labelled places instead of a grid, ``BlockOptions`` make groups of the ground.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of
@@ -65,6 +68,8 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions
 
     @model_validator(mode="after")
     def _consistent(self) -> RemoteSensingOptions:
+        if self.places is not None and self.labels not in (None, "none"):
+            raise ValueError("labels and places both say what windows show; leave one of them out")
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
             raise ValueError(f"percentiles {self.percentiles} are not an increasing pair within 0 to 100")

@@ -371,7 +371,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
         north = ellipsoid.semi_major_metre * (1 - squared) / bend**1.5 * unit
         east = ellipsoid.semi_major_metre / math.sqrt(bend) * math.cos(latitude) * unit
     elif system.is_projected:
-        north = east = unit / math.sqrt(_area_inflation(system, x, y))
+        north = east = unit / math.sqrt(area_inflation(system, x, y))
     else:
         return None
     along_x = math.hypot(transform.a * east, transform.d * north)
@@ -381,7 +381,7 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     return along_y, along_x
 
 
-def _area_inflation(system: Any, x: float, y: float) -> float:
+def area_inflation(system: Any, x: float, y: float) -> float:
     """Areal scale of a projection at a point; 1 where it is within 1 % or cannot be told."""
     import pyproj
     from pyproj.exceptions import ProjError

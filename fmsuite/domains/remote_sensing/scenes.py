@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class Unit:
     Attributes:
         bands, dtype: as which they are read.
         grid, metres: of all of them.
+        plan: of its windows; see ``layout.plan_layouts``.
     """
 
     dates: Dates
@@ -32,6 +33,7 @@ class Unit:
     dtype: str
     grid: Grid
     metres: tuple[float, float] | None
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> str:

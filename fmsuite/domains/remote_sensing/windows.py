@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
+from fmsuite.domains.remote_sensing.layout import cut_of, lay_out
 from fmsuite.domains.remote_sensing.map_files import STAGE as MAPS
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.places import PLACES
 from fmsuite.domains.remote_sensing.reader import RasterReader
 from fmsuite.domains.remote_sensing.scenes import Unit
 from fmsuite.errors import ReadFailure
-from fmsuite.tiling.grid import window_grid
 from fmsuite.tiling.tasks import SourceRows, SourceTask
 
 SMALLEST_SHARE = 0.01
 """A window of which a raster fills less than this is refused unread, whatever ``min_valid`` says."""
 WINDOWS = "windows"
 """The stage of a source that can be read and has no window worth it."""
-_WHOLE = 1e-6
-"""Fractions of a sample below this are rounding."""
 
 
 def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
@@ -49,20 +48,6 @@ def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> 
     return SourceRows.unused(*notes)
 
 
-def window_corners(
-    unit: Unit, extent: Sequence[float], stride: Sequence[float], options: RemoteSensingOptions
-) -> np.ndarray:
-    """(N, 2) upper left corners of the windows to look at, in pixels along (y, x).
-
-    Args:
-        extent, stride: of windows along (y, x), in the unit's own pixels.
-    """
-    # The last window ends with the last whole sample: all lie on one grid of samples, as a scene or a packed copy has it.
-    step = np.asarray(extent) / options.size
-    whole = np.floor(unit.shape / step + _WHOLE) * step
-    return window_grid(tuple(np.maximum(whole, step)), extent, stride, edges="shift")
-
-
 def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
     """
     Raises:
@@ -70,10 +55,8 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
     """
     source = unit.source
     (height, width), metres = unit.shape, unit.metres
-    step = (1.0, 1.0)
-    if options.gsd is not None and metres is not None:
-        step = (options.gsd / metres[0], options.gsd / metres[1])
-    extent: tuple[float, ...] = (options.size * step[0], options.size * step[1])
+    cut = cut_of(unit, options)
+    extent: tuple[float, ...] = cut.extent
     reach = min(1.0, height / extent[0]) * min(1.0, width / extent[1])
     if reach < max(options.min_valid, SMALLEST_SHARE):
         raise ReadFailure(
@@ -82,8 +65,11 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
             f"its {height}x{width} pixels fill {reach:.0%} of a window of {extent[0]:.0f}x{extent[1]:.0f} pixels.",
             "Make data.size, data.gsd or data.min_valid smaller.",
         )
-    stride = options.stride or options.size
-    corners = window_corners(unit, extent, (stride * step[0], stride * step[1]), options)
+    layout = lay_out(cut, unit.plan)
+    corners = layout.corners
+    if not len(corners):
+        reason = f"each of its {layout.left_out} windows is across a border of blocks, or too near to one."
+        raise ReadFailure(source, WINDOWS, reason, "Make data.block several times as large as a window.")
     spacing: tuple[float, ...] = metres or ()
     if options.series:
         corners = np.concatenate([np.zeros((len(corners), 1)), corners], axis=1)
@@ -104,8 +90,18 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
             )
             notes.append(Skipped(source, WINDOWS, reason))
         return SourceRows.unused(*notes)
-    facts = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
-    rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good])
+    thin = int((np.isfinite(content) & ~good).sum())
+    if options.places is not None and thin:
+        reason = (
+            f"{thin} of {len(corners)} windows of places left out: fewer than {options.min_valid:.0%} valid values."
+        )
+        notes.append(Skipped(source, PLACES, f"{reason} Lower data.min_valid to have them."))
+    facts: dict[str, Any] = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
+    facts |= {"left_out": layout.left_out, "places": unit.plan.get("places")}
+    kept = layout.only(good)
+    rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good], kept.groups)
+    if kept.labels is not None:
+        rows = replace(rows, label=kept.labels, split=kept.splits)
     return SourceRows(rows, facts, tuple(notes))
 
 

@@ -91,3 +91,45 @@ def test_twelve_months_of_modis_in_sinusoidal_coordinates(real_data, make_index)
     assert sample.coords["time"][0] == 5005  # 2013-09-14
     assert (np.diff(sample.coords["time"]) > 0).all()
     assert domain.input_spec(index).spacing == pytest.approx((1.0, 231.656, 231.656), abs=1e-3)
+
+
+def test_land_cover_polygons_give_the_patches_that_were_cut_by_other_code(real_data, make_index):
+    folder = real_data / "remote_sensing" / "sentinel2_rcr"
+    domain, index, skipped = make_index(
+        folder, sensor="sentinel2-l1c", size=16, places=folder / "rcr_landcover.shp", place_windows="centre"
+    )
+    assert not skipped.entries
+    assert len(index.groups) == 23
+    reader = domain.reader(index)
+    windows = {(window.group, window.position): window for window in map(index.__getitem__, range(len(index)))}
+    patches = np.load(folder / "patches16_8band.npz")
+    for x, y, polygon, (row, column) in zip(*(patches[name] for name in ("x", "y", "polygon", "rowcol")), strict=True):
+        window = windows.pop((f"rcr_landcover/{polygon}", (row - 8.0, column - 8.0)))
+        assert window.label == y
+        np.testing.assert_array_equal(reader.read(window).values, x)
+    # The patches are at most 30 of a polygon, and all pixels of the smaller ones.
+    assert {group for group, _ in windows} == {f"rcr_landcover/{number}" for number in (0, 1, 4, 13, 14)}
+
+
+def test_points_of_a_series_lie_in_its_sinusoidal_grid(real_data, make_index):
+    folder = real_data / "remote_sensing" / "modis_ndvi_series"
+    file = folder / "samples_sinop_crop.csv"
+    _, index, skipped = make_index(folder, size=8, series=True, places=file)
+    assert not skipped.entries
+    labels = [line.split(",")[-1] for line in file.read_text().split()[1:]]
+    assert sorted(index[row].label for row in range(len(index))) == sorted(labels)
+    with rasterio.open(next(folder.glob("*.jp2"))) as dataset:
+        # The sphere's own formula: x = R longitude cos(latitude), y = R latitude.
+        for row, line in enumerate(file.read_text().split()[1:]):
+            longitude, latitude = np.radians([float(cell) for cell in line.split(",")[1:3]])
+            column, line_of = ~dataset.transform @ (
+                6371007.181 * longitude * np.cos(latitude),
+                6371007.181 * latitude,
+            )
+            _, top, left = index[row].position
+            assert 0 <= column < 255
+            assert 0 <= line_of < 147
+            assert top <= line_of < top + 8
+            assert left <= column < left + 8
+            if 4 <= column < 251 and 4 <= line_of < 143:
+                assert (top + 4, left + 4) == (int(line_of), int(column))
