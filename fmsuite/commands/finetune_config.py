@@ -77,7 +77,7 @@ class JudgeOptions(Section):
     blend: Literal["gaussian", "constant"] = "gaussian"
     batch: int = Field(default=4, ge=1)
     tolerance: float = Field(default=1.0, ge=0)
-    metrics: tuple[Literal["dice", "nsd", "hd95"], ...] = ("dice", "nsd", "hd95")
+    metrics: tuple[Literal["dice", "iou", "nsd", "hd95"], ...] = ("dice", "nsd", "hd95")
     by: Literal["source", "group"] = "source"
     replicates: int = Field(default=1000, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)

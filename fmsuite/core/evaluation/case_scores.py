@@ -36,6 +36,7 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
     if task == "segmentation":
         known = {
             "dice": Metric(title="overlap, 2 |A and B| / (|A| + |B|), of each case and label", short="Dice"),
+            "iou": Metric(title="intersection over union, |A and B| / |A or B|, of each case and label", short="IoU"),
             "nsd": Metric(
                 title=f"share of both surfaces that lies within {tolerance:g} {unit} of the other, of each case and "
                 "label (normalised surface distance)",
@@ -49,7 +50,7 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
                 unit=unit,
             ),
         }
-        return {name: known[name] for name in ("dice", "nsd", "hd95") if name in asked}
+        return {name: known[name] for name in known if name in asked}
     if task == "classification":
         return {
             "auroc": Metric(
@@ -113,11 +114,12 @@ def segmentation_scores(
         classes,
         ignore_index=ignore_index,
     )
-    dice = CaseCounts.of(matrix[None]).dice()[0].tolist()
+    counts = CaseCounts.of(matrix[None])
+    dice, iou = counts.dice()[0].tolist(), counts.iou()[0].tolist()
     diagonal = math.hypot(*(length * step for length, step in zip(truth.shape, spacing, strict=True)))
     for label in range(1, classes):
-        values = {"dice": dice[label]}
-        if len(metrics) > 1:
+        values = {"dice": dice[label], "iou": iou[label]}
+        if {"nsd", "hd95"} & {*metrics}:
             distances = surface_distances((predicted == label) & known, (truth == label) & known, spacing)
             # Who misses a structure is as far off as can be, and finitely so.
             values |= {"nsd": distances.normalised(tolerance), "hd95": min(distances.hausdorff(95.0), diagonal)}
