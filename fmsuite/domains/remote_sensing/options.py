@@ -28,8 +28,8 @@ class RemoteSensingOptions(
 
     The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them), ``MapOptions``
     and ``LabelOptions``: a group is a scene, and a line of a labels file may also name a place (see ``place_pattern``
-    and ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups
-    of the ground.
+    and ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make
+    groups of the ground.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of

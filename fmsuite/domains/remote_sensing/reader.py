@@ -62,9 +62,7 @@ class RasterReader:
         dates = self.files_of(window.source)
         if not self.options.series:
             values, valid = self._read_one(dates[0][1], position, extent)
-            maps = self._labels(
-                window.source, dates[0][1], position, extent, values.shape[1:], np.any(valid, axis=(0,))
-            )
+            maps = self._labels(window.source, dates[0][1], position, extent, valid[:, None])
             return ArraySample(values, valid, spacing=spacing, maps=maps)
         parts = [self._read_one(paths, position, extent) for _, paths in dates]
         valid = np.stack([valid for _, valid in parts], axis=1)
