@@ -16,6 +16,7 @@ from fmsuite.errors import UsageError
 PREDICTIONS = "predictions.json"
 TABLE = "results.csv"
 EPISODES = "episodes.csv"
+ENCODERS = "encoders.csv"
 FORMAT = 1
 
 
@@ -188,7 +189,8 @@ class Results(Record):
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write ``results.json`` (all but the predictions), ``predictions.json``, ``results.csv`` (a line for each
-        metric of each evaluation) and ``episodes.csv`` (a line for each episode).
+        metric of each evaluation), ``episodes.csv`` (a line for each episode) and ``encoders.csv`` (a line for each
+        encoder, with its normalisation).
 
         Earlier results stay as they are until all of this is on the disk (see ``write_results``).
 
@@ -204,6 +206,7 @@ class Results(Record):
             PREDICTIONS: json.dumps(predictions, separators=(",", ":")),
             TABLE: as_csv(metrics),
             EPISODES: as_csv(episodes),
+            ENCODERS: as_csv(self._encoder_rows()),
             RESULTS: json.dumps(everything, indent=1, ensure_ascii=False) + "\n",
         }
         write_results(Path(folder), texts)
@@ -233,6 +236,13 @@ class Results(Record):
     def _said(target: str | None) -> str:
         """The field of an episode that is kept in ``predictions.json``."""
         return "answers" if target in ("number", "findings") else "predictions"
+
+    def _encoder_rows(self) -> list[Sequence[Any]]:
+        rows: list[Sequence[Any]] = [("encoder", "kind", "features", "pooling", "identity", "normalisation")]
+        for known in self.encoders:
+            said = self.facts.normalisations.get(known.name, "")
+            rows.append((known.name, known.kind, known.dim, known.pooling or "", known.identity, said))
+        return rows
 
     def _rows(self) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
         metrics: list[Sequence[Any]] = [

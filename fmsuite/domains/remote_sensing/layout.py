@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,12 +70,11 @@ def cut_of(unit: Unit, options: RemoteSensingOptions) -> Cut:
     closest = 1 if options.places is not None and options.place_windows == "centre" else options.size
     stride = options.stride or closest
     extent = (options.size * step[0], options.size * step[1])
-    native = options.gsd is None
     top, left, bottom, right = region_box(unit.grid, options, unit.source)
-    if native:
-        top, left, bottom, right = math.ceil(top), math.ceil(left), math.floor(bottom), math.floor(right)
-    lengths = (float(bottom - top), float(right - left))
-    if options.region is not None and (lengths[0] < extent[0] or lengths[1] < extent[1]):
+    # All windows of a raster lie on one grid of samples, which begins with it, as its scene's and its packed copy's do.
+    begin = np.ceil(np.array([top, left]) / step - _WHOLE) * step
+    lengths = np.floor(np.array([bottom, right]) / step + _WHOLE) * step - begin
+    if options.region is not None and (lengths < np.asarray(extent) - _WHOLE * np.asarray(step)).any():
         raise ReadFailure(
             unit.source,
             WINDOWS,
@@ -84,7 +82,9 @@ def cut_of(unit: Unit, options: RemoteSensingOptions) -> Cut:
             f"{extent[0]:.0f}x{extent[1]:.0f}.",
             "Make the region larger, or data.size or data.gsd smaller.",
         )
-    return Cut(lengths, extent, (stride * step[0], stride * step[1]), step, native, (float(top), float(left)))
+    rows, columns = (float(length) for length in np.maximum(lengths, step))
+    origin = (float(begin[0]), float(begin[1]))
+    return Cut((rows, columns), extent, (stride * step[0], stride * step[1]), step, options.gsd is None, origin)
 
 
 def plan_layouts(
@@ -144,11 +144,7 @@ def lay_out(cut: Cut, plan: Mapping[str, Any]) -> Layout:
     """
     laid = plan.get("laid")
     if laid is None:
-        # The last window ends with the last whole sample: all lie on one grid of samples, as a scene or a packed copy
-        # has it.
-        step = np.asarray(cut.step)
-        whole = np.maximum(np.floor(np.asarray(cut.shape) / step + _WHOLE), 1) * step
-        layout = Layout(window_grid(tuple(whole), cut.extent, cut.stride, edges="shift"))
+        layout = Layout(window_grid(cut.shape, cut.extent, cut.stride, origin=cut.origin, edges="shift"))
     else:
         corners = np.array(laid["corners"], dtype=np.float64).reshape(-1, 2)
         layout = Layout(corners, list(laid["labels"]), list(laid["groups"]), list(laid["splits"]))
