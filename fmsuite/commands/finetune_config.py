@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fmsuite.core.adaptation.task import TASKS, TaskConfig
 from fmsuite.core.adaptation.tuning import TuningOptions
 from fmsuite.core.config import validate
-from fmsuite.core.evaluation.cases import TaskName
+from fmsuite.core.evaluation.cases import DENSE, TaskName
 from fmsuite.core.training.config import OptimConfig, Section, TrainingConfig
 from fmsuite.domains.base import DomainOptions, load_domain
 
@@ -159,8 +159,8 @@ class FinetuneConfig(Section):
 
     @property
     def label_map(self) -> str | None:
-        """Of a segmentation."""
-        return self.task.get("label_map") if self.task_name == "segmentation" else None
+        """Of a task that is learned from one."""
+        return self.task.get("label_map") if self.task_name in DENSE else None
 
     @property
     def _tune(self) -> str:
@@ -197,4 +197,5 @@ FROM_CLASSES = {
     "multilabel": "labels",
     "regression": "outputs",
     "segmentation": "classes",
+    "change": "classes",
 }

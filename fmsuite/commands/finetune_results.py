@@ -26,7 +26,7 @@ from fmsuite.core.evaluation.case_scores import (
     metrics_of,
     number_values,
 )
-from fmsuite.core.evaluation.cases import PANELS, Arm, Cell, FinetuneResults, Panel, TunedRun
+from fmsuite.core.evaluation.cases import DENSE, PANELS, Arm, Cell, FinetuneResults, Panel, TunedRun
 from fmsuite.core.reports.wording import counted
 from fmsuite.core.seeding import derive
 from fmsuite.core.training.precision import choose_device
@@ -57,7 +57,7 @@ def collect_results(
     if not judged:
         raise UsageError("None of the held-out cases could be judged.", f"See {setup.skipped.path}.")
     units = data.domain.units
-    case_unit = units.group if config.task_name != "segmentation" and config.judge.by == "group" else units.source
+    case_unit = units.group if config.task_name not in DENSE and config.judge.by == "group" else units.source
     cells = _cells(setup, arms, runs, judged, labels)
     notes = [*data.notes, *_notes(setup, arms, failed, case_unit, cells)]
     primary = next(iter(metrics))
@@ -80,20 +80,26 @@ def collect_results(
         fractions=sorted(config.few.fractions),
         runs=list(runs),
         cells=cells,
-        panels=_panels(setup, runs, judged, notes) if config.task_name == "segmentation" else [],
+        panels=_panels(setup, runs, judged, notes) if config.task_name in DENSE else [],
         interval=(
             f"{config.judge.confidence:.0%} percentile bootstrap of held-out {units.group}s, drawn with replacement "
             f"{config.judge.replicates:,} times, of the mean over seeds; differences to the control on the same draws. "
             "They say what other cases to ask would change, not what other cases to train on would."
         ),
         notes=notes,
-        facts=start.facts(command, config.seed, whole.hash, _inputs(config, setup.encoder, whole)),
+        facts=start.facts(
+            command,
+            config.seed,
+            whole.hash,
+            _inputs(config, setup.encoder, whole),
+            {config.encoder: setup.encoder.normalisation},
+        ),
     )
 
 
 def _labels(config: FinetuneConfig, data: TaskData) -> list[str]:
     """What metrics are given for: of a segmentation without the background."""
-    return list(data.classes[1:] if config.task_name == "segmentation" else data.classes)
+    return list(data.classes[1:] if config.task_name in DENSE else data.classes)
 
 
 def _cells(
@@ -139,7 +145,7 @@ def _values(setup: Setup, runs: Sequence[TunedRun], judged: Sequence[int], label
                 )
         if not of_case:
             continue
-        if config.task_name == "segmentation":
+        if config.task_name in DENSE:
             tables: dict[str, torch.Tensor] = {
                 name: torch.tensor(
                     [[np.nan if v is None else v for v in of_case[number][name]] for number in judged],  # type: ignore[call-overload]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmsuite.core.evaluation.cases import OVERALL, Metric, TaskName
+from fmsuite.core.evaluation.cases import DENSE, OVERALL, Metric, TaskName
 from fmsuite.core.evaluation.intervals import Statistic, group_intervals, weighted_mean
 from fmsuite.core.evaluation.metrics import Tally, weighted_auroc
 from fmsuite.core.evaluation.multilabel import average_precision
@@ -33,7 +33,7 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
         asked: of a segmentation.
         tolerance, unit: of surface distances.
     """
-    if task == "segmentation":
+    if task in DENSE:
         known = {
             "dice": Metric(title="overlap, 2 |A and B| / (|A| + |B|), of each case and label", short="Dice"),
             "nsd": Metric(

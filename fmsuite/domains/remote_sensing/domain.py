@@ -15,12 +15,12 @@ from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
 from fmsuite.domains.remote_sensing.indexing import find_rasters, index_raster, settle
+from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
-from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
 from fmsuite.domains.remote_sensing.scene import RasterScene, raster_scene
-from fmsuite.domains.remote_sensing.stack import open_stack
 from fmsuite.errors import UsageError
 from fmsuite.tiling.preview import draw_windows, picture_path
 from fmsuite.tiling.table import windows_by_source
@@ -38,6 +38,7 @@ class RemoteSensingDomain(Domain):
     Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
     default_recipe: ClassVar[str] = "remote-sensing-mae"
     units: ClassVar[Units] = Units(source="raster", group="scene")
+    truth_options: ClassVar[frozenset[str]] = frozenset(MapOptions.model_fields)
 
     options: RemoteSensingOptions
 
@@ -110,7 +111,10 @@ class RemoteSensingDomain(Domain):
         return raster_scene(self.reader(index), source)
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
-        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.dropout(spec))
+        options = self.options
+        kinds = tuple(options.kind_of(name) for name in spec.channel_names)
+        scales, offsets = zip(*((q.scale, q.offset) for q in spec.quantifications), strict=True)
+        return RasterAugmentation(kinds, scales, offsets, options.dropout(spec), options.dates_per_sample)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""
@@ -145,7 +149,7 @@ class RemoteSensingDomain(Domain):
     def _quicklook(self, index: SampleIndex, source: str) -> Overview:
         options, spec = _options_of(index), self.input_spec(index)
         flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
-        stack = open_stack(reader_of(index, options).files_of(source)[0][1], options)
+        stack = open_date(reader_of(index, options).files_of(source)[0][1], options)
         try:
             values = stack.overview(spec.channel_names, PREVIEW_SIZE)
             pitch = (stack.height / values.shape[1], stack.width / values.shape[2])

@@ -13,32 +13,34 @@ from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.domains.remote_sensing.cog import Ground, write_cog
+from fmsuite.domains.remote_sensing.eopatch import PatchDate
 from fmsuite.domains.remote_sensing.map_writer import RasterWriter
-from fmsuite.domains.remote_sensing.raster import Raster, open_raster
-from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
 from fmsuite.domains.remote_sensing.resampling import linear_back
+from fmsuite.domains.remote_sensing.stack import Stack
 from fmsuite.errors import UsageError
 
 _WHOLE = 1e-6
+_ROWS = 512
+"""Rows of labels that are read at a time."""
 
 
 def raster_scene(reader: RasterReader, source: str) -> RasterScene:
     """
     Raises:
-        ReadFailure: if the raster, or the first of a series, cannot be opened.
+        ReadFailure: if its files, or those of the first date of a series, cannot be opened.
     """
-    raster = open_raster(source, reader.options)
+    stack = open_date(reader.files_of(source)[0][1], reader.options)
     try:
-        return RasterScene(source, reader, ground_of(raster), raster.metres, reader.options.gsd)
+        return RasterScene(source, reader, ground_of(stack), stack.metres, reader.options.gsd)
     finally:
-        raster.close()
+        stack.close()
 
 
-def ground_of(raster: Raster) -> Ground:
-    dataset = raster.dataset
-    points, crs = dataset.gcps
-    gcps = (points, crs) if points and dataset.transform.is_identity else None
-    return Ground((raster.height, raster.width), dataset.crs, dataset.transform, gcps)
+def ground_of(stack: Stack | PatchDate) -> Ground:
+    points, crs = stack.grid_of.dataset.gcps if isinstance(stack, Stack) else ((), None)
+    gcps = (points, crs) if points and stack.transform.is_identity else None
+    return Ground((stack.height, stack.width), stack.crs, stack.transform, gcps)
 
 
 class RasterScene(Scene):
@@ -87,7 +89,23 @@ class RasterScene(Scene):
         return self._reader.read(Window(self.source, "", tuple(position), tuple(length), self._spacing))
 
     def native_map(self, name: str) -> Array:
-        raise UsageError(f"There is no label map '{name}'.", "Name it in data.maps.")
+        """(height, width) int16, on the raster's own pixels; -1 where the raster has no data."""
+        return self.native_map_part(name, (0, 0), self.native_size)
+
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        known = self._reader.options.maps
+        if name not in known:
+            raise UsageError(
+                f"There is no label map '{name}'; data.maps names {', '.join(known) or 'none'}.",
+                "Name it in data.maps.",
+            )
+        found = np.empty(tuple(extent), np.int16)
+        for row in range(0, extent[0], _ROWS):
+            rows = min(_ROWS, extent[0] - row)
+            found[row : row + rows] = self._reader.native_labels(
+                name, self.source, (start[0] + row, start[1]), (rows, extent[1])
+            )
+        return found
 
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         """A pixel gets what linear interpolation gives at its centre; where nothing is resampled, the same bits. All of

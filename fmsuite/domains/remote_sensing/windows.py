@@ -9,7 +9,8 @@ import numpy as np
 
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
-from fmsuite.domains.remote_sensing.layout import cut_of, lay_out
+from fmsuite.domains.remote_sensing.layout import WINDOWS, cut_of, lay_out
+from fmsuite.domains.remote_sensing.map_files import STAGE as MAPS
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.places import PLACES
 from fmsuite.domains.remote_sensing.reader import RasterReader
@@ -19,8 +20,6 @@ from fmsuite.tiling.tasks import SourceRows, SourceTask
 
 SMALLEST_SHARE = 0.01
 """A window of which a raster fills less than this is refused unread, whatever ``min_valid`` says."""
-WINDOWS = "windows"
-"""The stage of a source that can be read and has no window worth it."""
 
 
 def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
@@ -41,7 +40,7 @@ def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> 
         except ReadFailure as failure:
             dates = tuple(date for date in unit.dates if failure.path not in date[1])
             notes.append(Skipped.of(failure))
-            if failure.stage == WINDOWS or len(dates) == len(unit.dates):
+            if failure.stage in (WINDOWS, MAPS) or len(dates) == len(unit.dates):
                 break
             unit = replace(unit, dates=dates)
     return SourceRows.unused(*notes)
@@ -121,6 +120,7 @@ def _shares(
     content = np.full(len(corners), np.nan)
     failures: list[ReadFailure] = []
     try:
+        reader.check_maps(unit.source)
         for row, corner in enumerate(corners):
             try:
                 sample = reader.read(Window(unit.source, task.group, tuple(corner), extent, spacing))

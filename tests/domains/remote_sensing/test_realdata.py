@@ -7,6 +7,7 @@ import pyproj
 import pytest
 import rasterio
 
+from fmsuite.domains.remote_sensing.eopatch import TIMESTAMPS
 from fmsuite.domains.remote_sensing.raster import SUFFIXES
 
 pytestmark = pytest.mark.realdata
@@ -58,7 +59,7 @@ def test_a_sentinel1_chip_of_two_bands(real_data, make_index):
 def test_every_file_is_indexed_or_skipped_with_a_reason(real_data, make_index, folder, options):
     root = real_data / "remote_sensing" / folder
     domain, index, skipped = make_index(root, **options)
-    files = {str(path) for path in root.rglob("*") if path.suffix in SUFFIXES}
+    files = {str(path) for path in root.rglob("*") if path.suffix in SUFFIXES or path.name == TIMESTAMPS}
     reader = domain.reader(index)
     used = {path for source in index.sources for _, paths in reader.files_of(source) for path in paths}
     assert used | {entry.path for entry in skipped.entries} == files
@@ -96,7 +97,12 @@ def test_twelve_months_of_modis_in_sinusoidal_coordinates(real_data, make_index)
 def test_land_cover_polygons_give_the_patches_that_were_cut_by_other_code(real_data, make_index):
     folder = real_data / "remote_sensing" / "sentinel2_rcr"
     domain, index, skipped = make_index(
-        folder, sensor="sentinel2-l1c", size=16, places=folder / "rcr_landcover.shp", place_windows="centre"
+        folder,
+        sensor="sentinel2-l1c",
+        scale=1 / 255,
+        size=16,
+        places=folder / "rcr_landcover.shp",
+        place_windows="centre",
     )
     assert not skipped.entries
     assert len(index.groups) == 23
