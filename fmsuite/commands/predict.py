@@ -104,8 +104,9 @@ def predict(
 
 
 def _options(network: Network, overrides: Sequence[str]) -> Any:
-    raw = {key: value for key, value in network.data.items() if key not in {"maps", *LabelOptions.model_fields}}
-    kind = load_domain(network.domain).Options
+    plugin = load_domain(network.domain)
+    kind, known = plugin.Options, {*plugin.truth_options, *LabelOptions.model_fields}
+    raw = {key: value for key, value in network.data.items() if key not in known}
     if issubclass(kind, LabelOptions):
         raw["labels"] = "none"
     if "min_valid" in kind.model_fields:

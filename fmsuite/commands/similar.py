@@ -184,9 +184,9 @@ def _opened(
         run = read_run_config(config)
         if domain is not None and domain != run.domain:
             raise UsageError(f"{encoder} is of the domain '{run.domain}', not '{domain}'.", "Leave out --domain.")
-        kind = load_domain(run.domain).Options
-        raw = {key: value for key, value in run.data.model_dump().items() if key not in LabelOptions.model_fields}
-        raw.pop("maps", None)
+        plugin = load_domain(run.domain)
+        kind, known = plugin.Options, {*plugin.truth_options, *LabelOptions.model_fields}
+        raw = {key: value for key, value in run.data.model_dump().items() if key not in known}
         options: BaseModel = validate(kind, _without_labels(kind, raw, overrides), "data", "command line")
         return open_domain(run.domain, options), [file]
     if domain is None and model.spec.reading is not None:

@@ -88,6 +88,8 @@ class Domain(ABC):
         units: what results call its windows, sources and groups.
         free_options: names of options that decide nothing about the index: one made with other values of them serves
             as well, and does not record them.
+        truth_options: names of options, beside those of ``LabelOptions``, that say what is known of the training data:
+            label maps, how they are split. Files that nobody has labelled are read without.
     """
 
     name: ClassVar[str]
@@ -97,6 +99,7 @@ class Domain(ABC):
     recipes: ClassVar[Path | None] = None
     units: ClassVar[Units] = Units()
     free_options: ClassVar[frozenset[str]] = frozenset()
+    truth_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: DomainOptions) -> None:
         self.options = options

@@ -301,6 +301,9 @@ class PackedScene(Scene):
     def native_map(self, name: str) -> Array:
         return self._native.native_map(name)
 
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        return self._native.native_map_part(name, start, extent)
+
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         return self._native.scores_to_native(scores, outside)
 

@@ -53,6 +53,10 @@ class Scene(ABC):
             UsageError: if the options name no such map.
         """
 
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        """A box of ``native_map``."""
+        return self.native_map(name)[tuple(slice(s, s + n) for s, n in zip(start, extent, strict=True))]
+
     @abstractmethod
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         """(K, *size) float32 to (K, *native_size), interpolated linearly."""
@@ -130,6 +134,9 @@ class WrappedScene(Scene):
 
     def native_map(self, name: str) -> Array:
         return self.scene.native_map(name)
+
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        return self.scene.native_map_part(name, start, extent)
 
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         return self.scene.scores_to_native(scores, outside)

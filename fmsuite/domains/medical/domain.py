@@ -62,6 +62,7 @@ class MedicalDomain(Domain):
     default_recipe: ClassVar[str] = "medical-mae"
     units: ClassVar[Units] = Units(source="image", group="patient")
     free_options: ClassVar[frozenset[str]] = frozenset({"flip_left_right", "cached_volumes"})
+    truth_options: ClassVar[frozenset[str]] = frozenset({"maps"})
 
     options: MedicalOptions
 

@@ -15,6 +15,7 @@ from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
 from fmsuite.domains.remote_sensing.example import make_example
 from fmsuite.domains.remote_sensing.indexing import find_rasters, index_raster, settle
+from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
@@ -37,6 +38,7 @@ class RemoteSensingDomain(Domain):
     Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
     default_recipe: ClassVar[str] = "remote-sensing-mae"
     units: ClassVar[Units] = Units(source="raster", group="scene")
+    truth_options: ClassVar[frozenset[str]] = frozenset(MapOptions.model_fields)
 
     options: RemoteSensingOptions
 

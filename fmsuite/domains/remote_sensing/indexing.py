@@ -26,6 +26,7 @@ from fmsuite.tiling.tasks import SourceFacts, SourceRows, Sources, SourceTask
 
 def find_rasters(paths: Sequence[Path], options: RemoteSensingOptions, skipped: SkippedLog) -> Sources:
     """Every file whose name can be understood. What is known of one file holds for its scene or, in series, place."""
+    options.check_folders()
     found = find_files(paths, SUFFIXES, "rasters", also=is_patch)
     patches = [file for file in found if is_patch(file.path)]
     files = without_clouds([file for file in found if not is_patch(file.path)], options)

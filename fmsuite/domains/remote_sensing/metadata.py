@@ -10,6 +10,7 @@ import numpy as np
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.remote_sensing.layout import layout_metadata
+from fmsuite.domains.remote_sensing.map_files import class_texts
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.probe import frozen
 from fmsuite.domains.remote_sensing.reader import RasterReader
@@ -23,7 +24,8 @@ def describe(
     index: SampleIndex, found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped: SkippedLog
 ) -> dict[str, Any]:
     """The metadata of an index. ``files`` has, of each source that is more than its one file, the dates: pairs of a day
-    (``null`` outside of series) and the files of that day."""
+    (``null`` outside of series) and the files of that day; ``map_classes`` the texts that number the classes of a map
+    of polygons, class 0 first."""
     facts = [source.facts for source in found]
     metres = [fact["metres"] for fact in facts]
     metadata: dict[str, Any] = {
@@ -37,6 +39,8 @@ def describe(
         },
     }
     metadata |= layout_metadata(facts, options)
+    if options.map_column:
+        metadata["map_classes"] = class_texts(options)
     metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
     return metadata
 

@@ -11,6 +11,7 @@ from fmsuite.domains.remote_sensing.blocks import BlockOptions
 from fmsuite.domains.remote_sensing.clouds import CloudOptions
 from fmsuite.domains.remote_sensing.dates import DateOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
+from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.places import PlaceOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
 from fmsuite.errors import nearest
@@ -18,13 +19,14 @@ from fmsuite.tiling.labels import LabelOptions
 
 
 class RemoteSensingOptions(
-    DomainOptions, LayerOptions, DateOptions, CloudOptions, LabelOptions, PlaceOptions, BlockOptions
+    DomainOptions, LayerOptions, DateOptions, CloudOptions, MapOptions, LabelOptions, PlaceOptions, BlockOptions
 ):
     """How rasters become windows, and what is known about the rasters.
 
-    The latter is in the options of ``LayerOptions`` (sensors), ``DateOptions``, ``CloudOptions`` and ``LabelOptions``:
-    a group is a scene, and a line of a labels file may also name a place (see ``place_pattern`` and ``series``).
-    ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups of the ground.
+    The latter is in the options of ``LayerOptions`` (sensors), ``DateOptions``, ``CloudOptions``, ``MapOptions`` and
+    ``LabelOptions``: a group is a scene, and a line of a labels file may also name a place (see ``place_pattern`` and
+    ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups of
+    the ground.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of

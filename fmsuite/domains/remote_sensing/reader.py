@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -15,6 +15,7 @@ from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import ArraySample
 from fmsuite.domains.remote_sensing.dates import carried
 from fmsuite.domains.remote_sensing.eopatch import EOPatch, PatchDate, is_patch, open_patch, patch_of
+from fmsuite.domains.remote_sensing.map_files import UNKNOWN, MapReader
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.scenes import Dates
 from fmsuite.domains.remote_sensing.stack import Stack, open_stack
@@ -47,6 +48,7 @@ class RasterReader:
 
     def __post_init__(self) -> None:
         self._handles: HandleCache[Stack | EOPatch] = HandleCache(partial(_open, options=self.options), _close, 16)
+        self._maps = MapReader(self.options)
 
     def read(self, window: Window) -> ArraySample:
         """A window of any extent, at any place; it has as many samples as fit its extent.
@@ -62,13 +64,17 @@ class RasterReader:
         dates = self.files_of(window.source)
         if not self.options.series:
             values, valid = self._read_one(dates[0][1], position, extent)
-            return ArraySample(values, valid, spacing=spacing)
+            maps = self._labels(window.source, dates[0][1], position, extent, valid[:, None])
+            return ArraySample(values, valid, spacing=spacing, maps=maps)
         parts = [self._read_one(paths, position, extent) for _, paths in dates]
+        valid = np.stack([valid for _, valid in parts], axis=1)
+        maps = self._labels(window.source, dates[0][1], position, extent, valid)
         return ArraySample(
             np.stack([values for values, _ in parts], axis=1),
-            np.stack([valid for _, valid in parts], axis=1),
+            valid,
             coords={"time": carried([day or 0.0 for day, _ in dates])},
             spacing=None if spacing is None else (1.0, *spacing),
+            maps=maps,
         )
 
     def files_of(self, source: str) -> Dates:
@@ -83,23 +89,70 @@ class RasterReader:
             raise ReadFailure(source, "read", "the index does not list the dates of this series.", "Tile again.")
         return ((None, (source,)),)
 
+    def check_maps(self, source: str) -> None:
+        """
+        Raises:
+            ReadFailure: about the source, if one of its label maps is missing or does not lie over it.
+        """
+        if self.options.maps:
+            self._maps.check(source, self._opened(self.files_of(source)[0][1]).grid)
+
+    def native_labels(self, name: str, source: str, start: tuple[int, int], extent: tuple[int, int]) -> np.ndarray:
+        """A label map on the source's own pixels, (y, x) int16, -1 where no band has data at any date.
+
+        Raises:
+            ReadFailure: if the map or the source cannot be read.
+        """
+        valid = np.zeros(extent, dtype=bool)
+        dates = self.files_of(source)
+        for _, paths in dates:
+            _, shown = self._opened(paths).read(self.bands, *start, *extent)
+            valid |= shown.any(0)
+        grid = self._opened(dates[0][1]).grid
+        labels = self._maps.read_one(name, source, grid, start, (1.0, 1.0), extent)
+        return np.where(valid, labels, np.int16(UNKNOWN))
+
+    def _labels(
+        self,
+        source: str,
+        paths: tuple[str, ...],
+        position: Sequence[float],
+        extent: Sequence[float],
+        valid: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """The label maps of a window, (y, x) int16, alike for all dates; -1 where no band has data at any.
+
+        Args:
+            valid: (C, time, y, x).
+        """
+        if not self.options.maps:
+            return {}
+        size, shown = valid.shape[2:], valid.any(axis=(0, 1))
+        step = [length / count for length, count in zip(extent, size, strict=True)]
+        found = self._maps.read(source, self._opened(paths).grid, position, step, size)
+        return {name: np.where(shown, labels, np.int16(UNKNOWN)) for name, labels in found.items()}
+
     def close(self) -> None:
         self._handles.close()
+        self._maps.close()
 
     def _read_one(
         self, paths: tuple[str, ...], position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        opened, number = patch_of(paths)
         try:
-            found = self._handles.get(opened)
-            if isinstance(found, EOPatch):
-                assert number is not None
-                return self._resampled(found.date(number), position, extent)
-            return self._resampled(found, position, extent)
+            return self._resampled(self._opened(paths), position, extent)
         except ReadFailure:
             # A GDAL handle that has failed once may go on failing after the file is back.
-            self._handles.discard(opened)
+            self._handles.discard(patch_of(paths)[0])
             raise
+
+    def _opened(self, paths: tuple[str, ...]) -> Stack | PatchDate:
+        opened, number = patch_of(paths)
+        found = self._handles.get(opened)
+        if not isinstance(found, EOPatch):
+            return found
+        assert number is not None
+        return found.date(number)
 
     def _resampled(
         self, stack: Stack | PatchDate, position: tuple[float, ...], extent: tuple[float, ...]

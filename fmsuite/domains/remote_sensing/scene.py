@@ -21,6 +21,8 @@ from fmsuite.domains.remote_sensing.stack import Stack
 from fmsuite.errors import UsageError
 
 _WHOLE = 1e-6
+_ROWS = 512
+"""Rows of labels that are read at a time."""
 
 
 def raster_scene(reader: RasterReader, source: str) -> RasterScene:
@@ -87,7 +89,23 @@ class RasterScene(Scene):
         return self._reader.read(Window(self.source, "", tuple(position), tuple(length), self._spacing))
 
     def native_map(self, name: str) -> Array:
-        raise UsageError(f"There is no label map '{name}'.", "Name it in data.maps.")
+        """(height, width) int16, on the raster's own pixels; -1 where the raster has no data."""
+        return self.native_map_part(name, (0, 0), self.native_size)
+
+    def native_map_part(self, name: str, start: Sequence[int], extent: Sequence[int]) -> Array:
+        known = self._reader.options.maps
+        if name not in known:
+            raise UsageError(
+                f"There is no label map '{name}'; data.maps names {', '.join(known) or 'none'}.",
+                "Name it in data.maps.",
+            )
+        found = np.empty(tuple(extent), np.int16)
+        for row in range(0, extent[0], _ROWS):
+            rows = min(_ROWS, extent[0] - row)
+            found[row : row + rows] = self._reader.native_labels(
+                name, self.source, (start[0] + row, start[1]), (rows, extent[1])
+            )
+        return found
 
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         """A pixel gets what linear interpolation gives at its centre; where nothing is resampled, the same bits. All of

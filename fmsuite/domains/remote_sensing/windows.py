@@ -10,6 +10,7 @@ import numpy as np
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.domains.remote_sensing.layout import cut_of, lay_out
+from fmsuite.domains.remote_sensing.map_files import STAGE as MAPS
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.places import PLACES
 from fmsuite.domains.remote_sensing.reader import RasterReader
@@ -41,7 +42,7 @@ def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> 
         except ReadFailure as failure:
             dates = tuple(date for date in unit.dates if failure.path not in date[1])
             notes.append(Skipped.of(failure))
-            if failure.stage == WINDOWS or len(dates) == len(unit.dates):
+            if failure.stage in (WINDOWS, MAPS) or len(dates) == len(unit.dates):
                 break
             unit = replace(unit, dates=dates)
     return SourceRows.unused(*notes)
@@ -121,6 +122,7 @@ def _shares(
     content = np.full(len(corners), np.nan)
     failures: list[ReadFailure] = []
     try:
+        reader.check_maps(unit.source)
         for row, corner in enumerate(corners):
             try:
                 sample = reader.read(Window(unit.source, task.group, tuple(corner), extent, spacing))
