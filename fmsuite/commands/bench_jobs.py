@@ -58,6 +58,15 @@ def shots_of(windows: LabelledWindows, shots: Sequence[int]) -> tuple[list[int],
     return allowed_shots(bags, shots, *few_sides(windows.split), names=windows.classes, unit=windows.unit)
 
 
+def standardised(features: Tensor, learned: Tensor) -> Tensor:
+    """(I, D) minus the mean over the items that are learned from, divided by their standard deviation: channels in
+    different units (reflectance, decibels) count alike, and penalties and distances see them."""
+    values = features[learned].double()
+    mean, std = values.mean(0), values.std(0, correction=0)
+    std = torch.where(std > 1e-9 * values.abs().amax(0), std, 1.0)
+    return ((features.double() - mean) / std).float()
+
+
 def few_sides(split: Split | Folds) -> tuple[Tensor | None, Tensor | None]:
     """Who few-shot draws may show and ask: beside folds, every draw asks the groups that gave it no example."""
     return (None, None) if isinstance(split, Folds) else (split.train, split.test)
@@ -72,13 +81,14 @@ def class_jobs(
     fractions: Sequence[float] = (),
 ) -> Iterator[Job]:
     for contender, store in zip(found, stores, strict=True):
+        varied = contender.kind == "normalised"
         for task in (name for name in TASKS if name in tasks):
             yield Job(contender, store, task)
             if controls and contender.kind == "encoder" and task in SHUFFLED_TASKS:
                 yield Job(contender, store, task, shuffled=True)
-            if task in FEW_LABELS:
+            if task in FEW_LABELS and not varied:
                 yield from (Job(contender, store, task, fraction=share) for share in fractions)
-        for number in shots:
+        for number in () if varied else shots:
             yield Job(contender, store, FEWSHOT_METHOD, number)
 
 
@@ -89,7 +99,7 @@ def target_jobs(
     for contender, store in zip(found, stores, strict=True):
         for task in tasks:
             yield Job(contender, store, task)
-            if task in FEW_LABELS:
+            if task in FEW_LABELS and contender.kind != "normalised":
                 yield from (Job(contender, store, task, fraction=share) for share in fractions)
 
 
@@ -112,6 +122,8 @@ def judged(
         name = job.contender.name
         if owner is not job.store:
             features, owner = windows.features(job.store), job.store
+            if job.contender.kind == "means":
+                features = standardised(features, split.train)
         rescale = job.contender.kind == "histogram" and job.method in LINEAR_TASKS
         drawn = [split.parts] if job.fraction is None or shares is None else shares[job.fraction]
         if isinstance(windows, TargetItems) and windows.kind != "classes":

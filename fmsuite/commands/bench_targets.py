@@ -26,11 +26,13 @@ from fmsuite.commands.bench_opening import (
     folds_of,
     inputs_of,
     intervals,
+    learned_from,
     open_bench,
     said_of_folds,
     shared_controls,
 )
 from fmsuite.commands.comparison import Compared, leave
+from fmsuite.commands.contenders import Means
 from fmsuite.commands.labelled_windows import named
 from fmsuite.commands.target_items import By, TargetItems
 from fmsuite.commands.targets import OPTION, Target, parse, read_columns
@@ -72,6 +74,8 @@ def bench_targets(
     seed: int = 0,
     folds: Asked | None = None,
     controls: bool = True,
+    means: Means = "auto",
+    normalisations: Sequence[str] = (),
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     batch_size: int | None = None,
@@ -97,7 +101,7 @@ def bench_targets(
         FmsuiteError: as ``bench``.
     """
     known_tasks = list(dict.fromkeys(name for target in targets for name in PROBES[target.kind]))
-    check(encoders, tasks, known_tasks, shots, episodes, batch_size, folds)
+    check(encoders, tasks, known_tasks, shots, episodes, batch_size, folds, normalisations)
     _check_targets(targets, tasks, by)
     shares = check_fractions(fractions)
     opened = open_bench(domain, encoders, data, out, recipe, overrides, strict, device, progress, batch_size, workers)
@@ -111,7 +115,8 @@ def bench_targets(
             whole, target, values, known, by=by, seed=seed, units=plugin.units, folds=folds
         )
         log.info("%s: %s", target.name, asked[target].said)
-    found, stores = opened.embedded(whole, out, controls, command)
+    learned = learned_from(list(asked.values()), plugin.units.window)
+    found, stores, of_values = opened.embedded(whole, out, controls, means, normalisations, learned, command)
     stored = [store.read_all()[1] for store in stores]
     compared = []
     for target, items in asked.items():
@@ -154,11 +159,16 @@ def bench_targets(
                 *items.notes,
                 *notes,
                 *said_of_folds(items),
+                *of_values,
                 *_said_of_shares(items, drawn),
                 *shared_controls(found),
             ],
             facts=opened.start.facts(
-                command, seed, whole.hash, inputs_of(opened.paths, whole.hash, whole.metadata, opened.models, labels)
+                command,
+                seed,
+                whole.hash,
+                inputs_of(opened.paths, whole.hash, whole.metadata, opened.models, labels),
+                {contender.name: contender.embedder.normalisation for contender in found},
             ),
         )
         compared.append(leave(out / target.name, results, exhibits, skipped))

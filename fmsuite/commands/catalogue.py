@@ -15,6 +15,7 @@ from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS
 from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.core.objectives.base import OBJECTIVES, Objective
 from fmsuite.domains.base import domain_names, load_domain
+from fmsuite.domains.remote_sensing.sensors import SENSORS
 from fmsuite.errors import UsageError, nearest
 
 Row = tuple[str, ...]
@@ -24,8 +25,8 @@ def catalogue(what: str) -> tuple[Row, list[Row]]:
     """Headings and rows.
 
     Args:
-        what: ``recipes``, ``objectives``, ``models``, ``domains``, ``methods`` (few-shot classification) or ``tasks``
-            (benchmarks).
+        what: ``recipes``, ``objectives``, ``models``, ``domains``, ``sensors`` (remote sensing), ``methods``
+            (few-shot classification) or ``tasks`` (benchmarks).
 
     Raises:
         UsageError: for anything else.
@@ -35,6 +36,7 @@ def catalogue(what: str) -> tuple[Row, list[Row]]:
         "objectives": _objectives,
         "models": _models,
         "domains": _domains,
+        "sensors": _sensors,
         "methods": _methods,
         "tasks": _tasks,
     }
@@ -90,6 +92,13 @@ def _domains() -> tuple[Row, list[Row]]:
         except UsageError as error:
             rows.append((name, "", str(error)))
     return ("domain", "default recipe", "what it is"), rows
+
+
+def _sensors() -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for name, sensor in SENSORS.items():
+        rows.append((name, " ".join(sensor.band_names) or "those of the file", sensor.title))
+    return ("sensor", "bands", "what it is"), rows
 
 
 def _methods() -> tuple[Row, list[Row]]:

@@ -87,7 +87,13 @@ def collect_results(
             "They say what other cases to ask would change, not what other cases to train on would."
         ),
         notes=notes,
-        facts=start.facts(command, config.seed, whole.hash, _inputs(config, setup.encoder, whole)),
+        facts=start.facts(
+            command,
+            config.seed,
+            whole.hash,
+            _inputs(config, setup.encoder, whole),
+            {config.encoder: setup.encoder.normalisation},
+        ),
     )
 
 

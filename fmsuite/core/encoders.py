@@ -28,6 +28,7 @@ from fmsuite.core.backbones.wavelengths import carry_over
 from fmsuite.core.backbones.weights import read_checkpoint, recognise, unwrap
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import View
+from fmsuite.core.input_words import OWN, normalisation_sentence
 from fmsuite.core.inputs import Channel, InputSpec, Normalize
 from fmsuite.core.plugins import load_plugin
 from fmsuite.core.weight_files import METADATA_KEY, contiguous, write_weights
@@ -73,6 +74,11 @@ class Encoder(nn.Module):
     def identity(self) -> str:
         """A hash of weights, shape, input and pooling: equal identities give equal embeddings."""
         return identity(self.backbone.state_dict(), description(self.backbone, self.spec, self.pooling))
+
+    @property
+    def normalisation(self) -> str:
+        """One sentence on what raw values become, and whose mean and standard deviation it is."""
+        return normalisation_sentence(self.spec, OWN)
 
     def normalized(self, pixels: Tensor | View) -> View:
         """Raw values, alone or as a view, as the backbone takes them."""

@@ -93,7 +93,11 @@ class MaskedView(SingleView):
 
     def __init__(self, config: MaskedViewConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.sampler = ratio_sampler(self, config, self.size, attention=self.teaches_masks)
+        self.sampler = self.make_sampler()
+
+    def make_sampler(self) -> MaskSampler:
+        """What draws the masks; of the constructor."""
+        return ratio_sampler(self, self.config, self.size, attention=self.teaches_masks)
 
     def mask_sampler(self) -> MaskSampler:
         return self.sampler

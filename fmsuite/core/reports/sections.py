@@ -24,6 +24,7 @@ from fmsuite.core.reports.blocks import (
     skipped_list,
 )
 from fmsuite.core.reports.charts import Curve, Look, shot_curves
+from fmsuite.core.reports.normalised import spread_figure, spread_tables
 from fmsuite.core.reports.shares import share_figures
 from fmsuite.core.reports.sources import Comparison
 from fmsuite.core.reports.tables import (
@@ -72,6 +73,9 @@ class ComparisonSection:
     metrics: list[tuple[str, str]]
     curves: list[Figure]
     shuffled_curves: bool
+    normalised: list[Figure]
+    normalised_tables: list[ScoreTable]
+    normalisations: list[tuple[str, str]]
     matrices: list[Matrix]
     matrices_of: str
     hard: list[Hard]
@@ -121,6 +125,9 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         ],
         curves=[*_curves(results, marks, keys), *share_figures(results, marks, keys)],
         shuffled_curves=any(e.shuffled and e.shots is not None for e in results.evaluations),
+        normalised=spread_figure(results, best.method, marks, keys) if best else [],
+        normalised_tables=spread_tables(results),
+        normalisations=list(results.facts.normalisations.items()),
         matrices=[matrix(e, results.classes) for e in same if e.confusion],
         matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit, results.folds)}"
         if best

@@ -67,8 +67,8 @@ FINDING_METRICS = {"auroc": "AUROC", "map": "average precision"}
 
 GROUPS = (
     ("Encoders", ("encoder",), False),
-    ("Controls", ("untrained", "histogram", "constant"), False),
-    ("Controls with shuffled labels", ("encoder", "untrained", "histogram"), True),
+    ("Controls", ("untrained", "histogram", "means", "constant"), False),
+    ("Controls with shuffled labels", ("encoder", "untrained", "histogram", "means"), True),
 )
 
 
@@ -141,8 +141,10 @@ def _table(
     """
     found = {(e.encoder, e.method, e.shots, e.fraction, e.shuffled): e for e in results.evaluations}
     tops = []
+    shown = {encoder.name for encoder in results.encoders if encoder.kind != "normalised"}
     for _, method, shots, part, metric in columns:
-        means = [of(e, metric).mean for key, e in found.items() if key[1:] == (method, shots, part, False)]
+        rest = (method, shots, part, False)
+        means = [of(e, metric).mean for key, e in found.items() if key[1:] == rest and key[0] in shown]
         finite = [mean for mean in means if math.isfinite(mean)]
         tops.append((max(finite) if higher else min(finite)) if len(finite) > 1 else math.nan)
     groups = []
@@ -233,7 +235,9 @@ def same_setting(results: Results, best: Evaluation) -> list[Evaluation]:
     """The evaluations of every encoder with the method and shots of the best, with true labels."""
     order = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     setting = (False, best.method, best.shots, best.fraction)
+    varied = {encoder.name for encoder in results.encoders if encoder.kind == "normalised"}
     found = [e for e in results.evaluations if (e.shuffled, e.method, e.shots, e.fraction) == setting]
+    found = [e for e in found if e.encoder not in varied]
     return sorted(found, key=lambda e: order[e.encoder])
 
 
@@ -317,13 +321,19 @@ KINDS = {
     "encoder": "encoder",
     "untrained": "control: untrained",
     "histogram": "control: histogram",
+    "means": "control: means of the channels",
     "constant": "control: one answer for all",
+    "normalised": "normalised otherwise",
 }
 
 
 def encoder_line(facts: EncoderFacts) -> EncoderLine:
     kind = KINDS[facts.kind] + (f", of {listed(owners)}" if (owners := controlled(facts)) else "")
+    if facts.variant_of:
+        kind = f"{facts.variant_of}, {KINDS[facts.kind]}"
     provenance = [(str(key), str(value)) for key, value in facts.provenance.items() if value not in (None, "", [], {})]
+    if facts.kind == "normalised":
+        provenance = []
     return EncoderLine(facts.name, kind, facts.dim, facts.pooling or "–", facts.identity, provenance)
 
 

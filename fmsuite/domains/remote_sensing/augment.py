@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import Array, ArraySample, Sample
 from fmsuite.domains.remote_sensing.dates import some_dates
+from fmsuite.domains.remote_sensing.sensors import Kind
 from fmsuite.tiling.symmetry import turned
 
 GAIN = 0.1
@@ -18,6 +19,8 @@ OFFSET = 0.02
 """Reflectance: standard deviation of each band's additive part, as a share of the band's mean in the window."""
 DECIBELS = 1.0
 """Backscatter: standard deviation of each band's shift, and of the shift that all bands share."""
+KELVINS = 2.0
+"""Temperature: the same."""
 BLUR = (0.3, 1.2)
 """Standard deviation of the blur in pixels, uniform."""
 BLUR_PROBABILITY = (0.5, 0.1)
@@ -32,15 +35,16 @@ class RasterAugmentation:
     acts on physical values, ``offset + scale * stored``; it and the blur are done on the device.
 
     Attributes:
-        kind: ``optical`` varies by factors, ``decibel`` by shifts.
+        kind: ``optical`` varies by factors, ``decibel`` and ``kelvin`` by shifts. Bands of one kind share a part.
         scale, offset: from stored to physical values.
+            All three are of all bands, or of each.
         band_dropout: probability that a band is marked missing; one band always stays.
         dates: how many of a series a varied view shows; all if not given.
     """
 
-    kind: Literal["optical", "decibel"] = "optical"
-    scale: float = 1.0
-    offset: float = 0.0
+    kind: Kind | Sequence[Kind] = "optical"
+    scale: float | Sequence[float] = 1.0
+    offset: float | Sequence[float] = 0.0
     band_dropout: float = 0.0
     dates: int | None = None
 
@@ -68,11 +72,17 @@ class RasterAugmentation:
 
     def _jitter(self, bands: int, generator: np.random.Generator) -> Array:
         """(C, 2C + 1), a map of stored values that is a factor or a shift of physical ones."""
-        shared, own, shift = generator.normal(), generator.normal(size=bands), generator.normal(size=bands)
-        if self.kind == "decibel":
-            return affine(np.eye(bands), offset=DECIBELS * (shared + own) / self.scale)
+        kinds = np.broadcast_to(np.asarray(self.kind), bands)
+        scale, offset = (np.broadcast_to(np.asarray(value, np.float64), bands) for value in (self.scale, self.offset))
+        shares = {kind: generator.normal() for kind in dict.fromkeys(kinds.tolist())}
+        shared = np.array([shares[kind] for kind in kinds.tolist()])
+        own, shift = generator.normal(size=bands), generator.normal(size=bands)
+        optical = kinds == "optical"
         factor, of_mean = np.exp(GAIN * (shared + own)), OFFSET * shift
-        return affine(np.diag(factor), np.diag(of_mean), (factor + of_mean - 1) * self.offset / self.scale)
+        shifts = np.where(kinds == "kelvin", KELVINS, DECIBELS) * (shared + own)
+        factor, of_mean = np.where(optical, factor, 1), np.where(optical, of_mean, 0)
+        moved = np.where(optical, (factor + of_mean - 1) * offset, shifts)
+        return affine(np.diag(factor), np.diag(of_mean), moved / scale)
 
 
 def _without_bands(sample: ArraySample, probability: float, generator: np.random.Generator) -> ArraySample:

@@ -112,9 +112,9 @@ class RemoteSensingDomain(Domain):
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
         options = self.options
-        return RasterAugmentation(
-            options.spectral.kind, spec.scale, spec.offset, options.band_dropout, options.dates_per_sample
-        )
+        kinds = tuple(options.kind_of(name) for name in spec.channel_names)
+        scales, offsets = zip(*((q.scale, q.offset) for q in spec.quantifications), strict=True)
+        return RasterAugmentation(kinds, scales, offsets, options.band_dropout, options.dates_per_sample)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""

@@ -63,7 +63,9 @@ def _common_spacing(metres: Sequence[tuple[float, float] | None], options: Remot
 
 
 def _statistics(index: SampleIndex, options: RemoteSensingOptions, skipped: SkippedLog) -> list[list[float]]:
-    """[mean, std] of each band, physical units, over windows evenly spread through the index."""
+    """[mean, std] of each band, physical units: the sensor's, or over windows evenly spread through the index."""
+    if options.statistics == "sensor":
+        return [list(options.published(name)) for name in index.metadata["bands"]]
     reader = reader_of(index, options)
     collected = BandStatistics([options.quantification_of_channel(name) for name in index.metadata["bands"]])
     for row in spread_rows(len(index), options.statistics_windows):

@@ -137,9 +137,13 @@ def band_of(path: str, layer: int, options: RemoteSensingOptions) -> tuple[str, 
     text = match["band"]
     band = own.spectral.recognise(text) if own.spectral.bands else text
     if not band:
-        known = ", ".join(own.spectral.band_names)
+        sensor = own.spectral
+        known = f"{sensor.name} has {', '.join(sensor.band_names)}"
         raise ReadFailure(
-            path, "metadata", f"its name says that it is the band '{text}'; {own.sensor} has {known}.", "Leave it out."
+            path,
+            "metadata",
+            f"its name says that it is the band '{text}'; {known}.",
+            "Leave it out.",
         )
     return band, match.span()
 

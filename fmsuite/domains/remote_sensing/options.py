@@ -13,26 +13,39 @@ from fmsuite.domains.remote_sensing.dates import DateOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
 from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.places import PlaceOptions
+from fmsuite.domains.remote_sensing.region import RegionOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
 from fmsuite.errors import nearest
 from fmsuite.tiling.labels import LabelOptions
 
 
 class RemoteSensingOptions(
-    DomainOptions, LayerOptions, DateOptions, CloudOptions, MapOptions, LabelOptions, PlaceOptions, BlockOptions
+    DomainOptions,
+    LayerOptions,
+    RegionOptions,
+    DateOptions,
+    CloudOptions,
+    MapOptions,
+    LabelOptions,
+    PlaceOptions,
+    BlockOptions,
 ):
     """How rasters become windows, and what is known about the rasters.
 
-    The latter is in the options of ``LayerOptions`` (sensors), ``DateOptions``, ``CloudOptions``, ``MapOptions`` and
-    ``LabelOptions``: a group is a scene, and a line of a labels file may also name a place (see ``place_pattern`` and
-    ``series``). ``PlaceOptions`` have windows around labelled places instead of a grid, ``BlockOptions`` make groups of
-    the ground.
+    The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them), ``DateOptions``,
+    ``CloudOptions``, ``MapOptions`` and ``LabelOptions``: a group is a scene, and a line of a labels file may also name
+    a place (see ``place_pattern`` and ``series``). ``PlaceOptions`` have windows around labelled places instead of a
+    grid, ``BlockOptions`` make groups of the ground.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of
             them is skipped.
         groups: how bands share tokens: ``none`` puts all of them into each token, ``satmae`` makes three tokens a
             place, ``sensors`` one for each layer, a mapping of group names to band names makes its own.
+        palette: of files whose values are entries of a colour table: ``rgb`` reads three bands, red, green and blue,
+            through the table; ``index`` reads the entries. Without it they are refused, as entries are no measurements.
+        statistics: mean and standard deviation of each band: ``data`` computes them from these windows, ``sensor``
+            takes the published ones of the sensor.
         size: side of a window in pixels, after resampling.
         stride: distance between windows in the same pixels; the size if not given (no overlap).
         gsd: metres a pixel; ``None`` reads the pixels as they are stored.
@@ -48,6 +61,8 @@ class RemoteSensingOptions(
 
     bands: tuple[str, ...] | None = None
     groups: Literal["none", "satmae", "sensors"] | dict[str, tuple[str, ...]] = "none"
+    palette: Literal["rgb", "index"] | None = None
+    statistics: Literal["data", "sensor"] = "data"
     size: int = Field(default=64, ge=8)
     stride: int | None = Field(default=None, ge=1)
     gsd: float | None = Field(default=None, gt=0)
@@ -79,6 +94,9 @@ class RemoteSensingOptions(
             raise ValueError(f"groups hold {', '.join(members)} but bands are {', '.join(self.bands)}")
         if self.groups == "satmae" and not {*members} <= {*self.known_channels}:
             raise ValueError("groups: satmae needs a Sentinel-2 sensor")
+        if self.statistics == "sensor":
+            for name in self.bands or self.known_channels or ("",):
+                self.published(name)
         if self.groups == "sensors" and self.layers is None:
             raise ValueError("groups: sensors needs several layers")
         return self

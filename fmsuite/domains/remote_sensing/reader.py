@@ -95,7 +95,7 @@ class RasterReader:
             ReadFailure: about the source, if one of its label maps is missing or does not lie over it.
         """
         if self.options.maps:
-            self._maps.check(source, self._opened(self.files_of(source)[0][1]).grid)
+            self._maps.check(source, self._date(self.files_of(source)[0][1]).grid)
 
     def native_labels(self, name: str, source: str, start: tuple[int, int], extent: tuple[int, int]) -> np.ndarray:
         """A label map on the source's own pixels, (y, x) int16, -1 where no band has data at any date.
@@ -106,9 +106,9 @@ class RasterReader:
         valid = np.zeros(extent, dtype=bool)
         dates = self.files_of(source)
         for _, paths in dates:
-            _, shown = self._opened(paths).read(self.bands, *start, *extent)
+            _, shown = self._date(paths).read(self.bands, *start, *extent)
             valid |= shown.any(0)
-        grid = self._opened(dates[0][1]).grid
+        grid = self._date(dates[0][1]).grid
         labels = self._maps.read_one(name, source, grid, start, (1.0, 1.0), extent)
         return np.where(valid, labels, np.int16(UNKNOWN))
 
@@ -129,7 +129,7 @@ class RasterReader:
             return {}
         size, shown = valid.shape[2:], valid.any(axis=(0, 1))
         step = [length / count for length, count in zip(extent, size, strict=True)]
-        found = self._maps.read(source, self._opened(paths).grid, position, step, size)
+        found = self._maps.read(source, self._date(paths).grid, position, step, size)
         return {name: np.where(shown, labels, np.int16(UNKNOWN)) for name, labels in found.items()}
 
     def close(self) -> None:
@@ -140,19 +140,19 @@ class RasterReader:
         self, paths: tuple[str, ...], position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return self._resampled(self._opened(paths), position, extent)
+            return self._resampled(self._date(paths), position, extent)
         except ReadFailure:
             # A GDAL handle that has failed once may go on failing after the file is back.
             self._handles.discard(patch_of(paths)[0])
             raise
 
-    def _opened(self, paths: tuple[str, ...]) -> Stack | PatchDate:
+    def _date(self, paths: tuple[str, ...]) -> Stack | PatchDate:
         opened, number = patch_of(paths)
         found = self._handles.get(opened)
-        if not isinstance(found, EOPatch):
-            return found
-        assert number is not None
-        return found.date(number)
+        if isinstance(found, EOPatch):
+            assert number is not None
+            return found.date(number)
+        return found
 
     def _resampled(
         self, stack: Stack | PatchDate, position: tuple[float, ...], extent: tuple[float, ...]

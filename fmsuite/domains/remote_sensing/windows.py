@@ -9,7 +9,7 @@ import numpy as np
 
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
-from fmsuite.domains.remote_sensing.layout import cut_of, lay_out
+from fmsuite.domains.remote_sensing.layout import WINDOWS, cut_of, lay_out
 from fmsuite.domains.remote_sensing.map_files import STAGE as MAPS
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.places import PLACES
@@ -20,8 +20,6 @@ from fmsuite.tiling.tasks import SourceRows, SourceTask
 
 SMALLEST_SHARE = 0.01
 """A window of which a raster fills less than this is refused unread, whatever ``min_valid`` says."""
-WINDOWS = "windows"
-"""The stage of a source that can be read and has no window worth it."""
 
 
 def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:

@@ -97,7 +97,12 @@ def test_twelve_months_of_modis_in_sinusoidal_coordinates(real_data, make_index)
 def test_land_cover_polygons_give_the_patches_that_were_cut_by_other_code(real_data, make_index):
     folder = real_data / "remote_sensing" / "sentinel2_rcr"
     domain, index, skipped = make_index(
-        folder, sensor="sentinel2-l1c", size=16, places=folder / "rcr_landcover.shp", place_windows="centre"
+        folder,
+        sensor="sentinel2-l1c",
+        scale=1 / 255,
+        size=16,
+        places=folder / "rcr_landcover.shp",
+        place_windows="centre",
     )
     assert not skipped.entries
     assert len(index.groups) == 23
