@@ -93,7 +93,7 @@ class RemoteSensingDomain(Domain):
             offset=usual.offset,
             clip=usual.clip,
             spacing=spacing,
-            spacing_unit="px" if spacing is None else "m",
+            spacing_unit="m" if facts["spaced"] or spacing is not None else "px",
         )
 
     def reader(self, index: SampleIndex) -> RasterReader:
@@ -114,7 +114,7 @@ class RemoteSensingDomain(Domain):
         options = self.options
         kinds = tuple(options.kind_of(name) for name in spec.channel_names)
         scales, offsets = zip(*((q.scale, q.offset) for q in spec.quantifications), strict=True)
-        return RasterAugmentation(kinds, scales, offsets, options.band_dropout, options.dates_per_sample)
+        return RasterAugmentation(kinds, scales, offsets, options.dropout(spec), options.dates_per_sample)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""

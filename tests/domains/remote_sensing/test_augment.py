@@ -13,6 +13,7 @@ from fmsuite.core.data.adjust import adjusted, stacked
 from fmsuite.core.data.sample import ArraySample, View
 from fmsuite.core.seeding import generator
 from fmsuite.domains.remote_sensing.augment import BLUR, BLUR_PROBABILITY, RasterAugmentation
+from fmsuite.domains.remote_sensing.dropout import Dropout
 from fmsuite.tiling.symmetry import turned
 
 
@@ -57,7 +58,7 @@ def test_all_eight_symmetries_of_a_square_occur_and_spacing_turns_along():
 
 
 def test_strong_is_a_function_of_the_generator_and_survives_pickling():
-    augmentation = RasterAugmentation("optical", 1e-4, -0.1, band_dropout=0.3)
+    augmentation = RasterAugmentation("optical", 1e-4, -0.1, Dropout(bands=0.3))
     sample = marked(16, 16)
     first = augmentation.after_crop(sample, "strong", False, generator(7))
     again = pickle.loads(pickle.dumps(augmentation)).after_crop(sample, "strong", False, generator(7))
@@ -104,18 +105,6 @@ def test_backscatter_varies_by_a_shift_in_decibels():
                 assert np.abs(shift).max() < 8
                 assert np.abs(shift).min() > 0
     assert sharp > 10
-
-
-def test_a_dropped_band_is_invalid_and_one_band_always_stays():
-    sample = ArraySample(np.ones((4, 8, 8), np.float32))
-    counts = []
-    for seed in range(200):
-        out = RasterAugmentation(band_dropout=0.6).after_crop(sample, "strong", False, generator(seed))
-        whole = out.valid.reshape(4, -1)
-        assert (whole.all(1) | ~whole.any(1)).all()
-        counts.append(whole.all(1).sum())
-    assert min(counts) == 1
-    assert np.mean(counts) == pytest.approx(4 * 0.4 + 0.6**4, abs=0.2)
 
 
 def test_invalid_pixels_never_enter_a_neighbour():
