@@ -161,7 +161,8 @@ class Encoder(nn.Module):
             UsageError: listing every difference and the way out.
         """
         mine = self.spec
-        if isinstance(self.backbone, VisionTransformer) and self.backbone.config.position_units == "physical":
+        plain = self.backbone.single if isinstance(self.backbone, Datewise) else self.backbone
+        if isinstance(plain, VisionTransformer) and plain.config.position_units == "physical":
             mine = mine.model_copy(update={"spacing": None})
         differences = mine.differences(spec)
         if differences:
