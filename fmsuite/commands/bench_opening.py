@@ -203,7 +203,7 @@ def kept_apart(windows: LabelledWindows, units: Units) -> str:
             what = f"the points of {file}, but for those whose {plural(units.window)} share pixels"
         said = f"Kept apart: {what}."
     else:
-        said = f"Kept apart: {plural(units.group)}."
+        said = f"Kept apart: what the data call a group ({units.group})."
     divided = _divided(windows)
     if divided:
         whose = f"{counted(divided, units.source)} {'has' if divided == 1 else 'have'}"
