@@ -94,7 +94,12 @@ def write_task(folder: Path, name: str = "task", **changes: object) -> Path:
         "training": {"steps": 3, "batch_size": 2, "windows": "random", "foreground": 0.5, "workers": 0},
         "few": {"fractions": [0.2, 1.0]},
         "split": {"test": 0.25},
-        "judge": {"overlap": 0.25, "write": True, "replicates": 50},
+        "judge": {
+            "overlap": 0.25,
+            "write": True,
+            "replicates": 50,
+            "metrics": ["dice", "nsd", "hd95", "iou", "precision"],
+        },
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**raw, **changes}))
@@ -141,7 +146,7 @@ def test_fractions_are_nested_patients_and_nobody_is_on_both_sides(whole: Finetu
 
 def test_cases_are_judged_on_the_files_own_grids(place: Path, whole: FinetuneResults):
     """What is in the table is what nibabel and the definition make of the files that were written."""
-    run = whole.runs[1]
+    run, both, either, said = whole.runs[1], np.zeros(2), np.zeros(2), np.zeros(2)
     for number, dice in zip(run.cases, run.scores["dice"], strict=True):
         case = whole.cases[number]
         written = next((place / "whole" / "predictions" / "full" / "fraction-1" / "seed-0").glob(f"{case.id[:2]}*"))
@@ -152,6 +157,16 @@ def test_cases_are_judged_on_the_files_own_grids(place: Path, whole: FinetuneRes
         for label, value in zip((1, 2), dice, strict=True):
             sizes = (one == label).sum() + (other == label).sum()
             assert value == pytest.approx(2 * ((one == label) & (other == label)).sum() / sizes)
+            both[label - 1] += ((one == label) & (other == label)).sum()
+            either[label - 1] += ((one == label) | (other == label)).sum()
+            said[label - 1] += (one == label).sum()
+    cell = whole.cell("full", 1.0)
+    assert cell is not None
+    for place_of, label in enumerate(whole.labels):
+        assert cell.scores["iou"][label].mean == pytest.approx(both[place_of] / either[place_of])
+        if said[place_of]:
+            assert cell.scores["precision"][label].mean == pytest.approx(both[place_of] / said[place_of])
+    assert cell.scores["iou"][OVERALL].mean == pytest.approx((both / either).mean())
     rows = list(csv.DictReader((place / "whole" / "cases.csv").open()))
     assert len(rows) == sum(len(run.cases) for run in whole.runs)
     assert float(rows[0]["dice/low"]) == whole.runs[0].scores["dice"][0][0]

@@ -31,6 +31,11 @@ Values = Callable[[Tensor], dict[Key, Tensor]]
 """From (N, R) weights of the cases to (R,) values; NaN where a weighting leaves one undefined."""
 
 
+def kept_of(metrics: Sequence[str]) -> tuple[str, ...]:
+    """What ``segmentation_scores`` gives for these metrics."""
+    return (*metrics, *(COUNTS if set(POOLED_SHORT) & set(metrics) else ()))
+
+
 def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str) -> dict[str, Metric]:
     """What a task is judged by; the first answers the question.
 
