@@ -12,6 +12,7 @@ import rasterio
 import torch
 from rasterio.transform import from_origin
 
+from fmsuite.commands.feature_pictures import Colours
 from fmsuite.commands.indexing import build_index
 from fmsuite.core.adaptation.network_files import save_network
 from fmsuite.core.adaptation.task import Segmentation, SegmentationConfig
@@ -104,3 +105,52 @@ def test_maps_do_not_take_the_names_of_rasters(fmsuite, made) -> None:
     ran = fmsuite("predict", made / "images", "--model", made / "native", "--out", made / "images")
     assert ran.code == 2
     assert "maps would take the names of the files here" in ran.text
+
+
+def test_features_as_colours_lie_over_the_raster_one_pixel_a_patch(fmsuite, made, tmp_path) -> None:
+    reading = ("--domain", "remote_sensing", "--set", "data.size=16", "--set", "data.min_valid=0")
+    ran = fmsuite("map", made / "images" / "sound.tif", "--encoder", made / "native", "--out", tmp_path, *reading)
+    assert ran.code == 0, ran.text
+    with rasterio.open(tmp_path / "sound-features.tif") as file:
+        assert file.crs == "EPSG:32632"
+        assert file.transform == from_origin(500_000, 5_300_000, 40, 40)
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert (file.count, file.shape, file.nodata) == (3, (28, 20), 0)
+        colours = file.read()
+    # Of the border of 9 rows, two rows of patches have no data, and a third has some.
+    assert (colours[:, :2] == 0).all()
+    assert (colours[:, 3:] > 0).all()
+    assert all(len(np.unique(band)) > 50 for band in colours)
+
+
+def test_colours_are_principal_components() -> None:
+    """NumPy's singular value decomposition, whatever its signs."""
+    stream = np.random.default_rng(0)
+    features = (stream.normal(size=(500, 8)) * [9, 1, 5, 1, 3, 1, 1, 1] + 7) @ np.linalg.qr(stream.normal(size=(8, 8)))[
+        0
+    ]
+    colours = Colours.of(torch.from_numpy(features))
+    _, values, rows = np.linalg.svd(features - features.mean(0), full_matrices=False)
+    found = colours.components.numpy()
+    np.testing.assert_allclose(np.abs(np.sum(found * rows[:3].T, axis=0)), 1, atol=1e-5)
+    np.testing.assert_allclose(colours.shares, (values**2 / (values**2).sum())[:3], rtol=1e-5)
+    drawn = colours.drawn((torch.from_numpy(features).float() @ colours.components).T)
+    np.testing.assert_allclose([(drawn <= 1).mean(), (drawn >= 255).mean()], 0.02, atol=0.005)
+
+
+def test_similarity_to_a_pixel_lies_over_the_raster(fmsuite, made, tmp_path) -> None:
+    file = made / "images" / "sound.tif"
+    shared = ("similar", file, "--encoder", made / "native", "--domain", "remote_sensing", "--set", "data.size=16",
+              "--set", "data.min_valid=0")  # fmt: skip
+    ran = fmsuite(*shared, "--at", "70,30", "--out", tmp_path / "pixel.tif")
+    assert ran.code == 0, ran.text
+    ran = fmsuite(*shared, "--at", "500705,5299695", "--world", "--out", tmp_path / "world")
+    assert ran.code == 0, ran.text
+    with rasterio.open(tmp_path / "pixel.tif") as pixel, rasterio.open(tmp_path / "world.tif") as world:
+        assert pixel.transform == TRANSFORM
+        scores = pixel.read(1)
+        np.testing.assert_array_equal(scores, world.read(1))
+    assert scores[30, 70] >= np.nanquantile(scores, 0.97)
+    ran = fmsuite(*shared, "--at", "80,30", "--out", tmp_path / "b")
+    assert ran.code == 2
+    assert "samples go from 0 to 79, 0 to 111" in ran.text
