@@ -82,7 +82,7 @@ class LabelledWindows:
             raise UsageError(
                 f"{where}: none of the {counted(len(whole), unit)} has a label.", _way_to_labels(whole.metadata)
             )
-        notes = [str(note) for note in whole.metadata.get("notes", [])]
+        notes = []
         if len(labelled) < len(whole):
             notes.append(f"Left out: {counted(len(whole) - len(labelled), unit)} without a label.")
         index = whole.select(labelled)

@@ -172,8 +172,8 @@ def layout_metadata(facts: Iterable[Mapping[str, Any]], options: RemoteSensingOp
         notes.append(f"Windows come from {places['used']} of the {places['places']} places of {options.places.name}.")
         if places["meeting"] and options.block is None:
             notes.append(
-                f"Neighbours in different groups share pixels: {places['meeting']} pairs of places. With a column of "
-                "groups they stay on one side of a split."
+                f"{places['meeting']} pairs of neighbours in different groups share pixels; with a column of groups "
+                "they stay on one side of a split."
             )
     if options.block is not None:
         left_out = sum(fact.get("left_out", 0) for fact in found)
