@@ -101,11 +101,14 @@ def tuned(backbone: Backbone, options: TuningOptions) -> Backbone:
 
 
 def use_windows(backbone: Backbone, options: TuningOptions) -> None:
-    """Put rotated varied-size windows into a plain vision transformer, in place.
+    """Put rotated varied-size windows into a plain vision transformer, in place; of series that it takes date by date,
+    into each date.
 
     Raises:
         UsageError: for another backbone, one with other windows, or one whose tokens or positions cannot have any.
     """
+    if isinstance(backbone, Datewise):
+        backbone = backbone.single
     if not isinstance(backbone, VisionTransformer):
         raise UsageError(
             f"attention: rvsa is for plain vision transformers, not for a {type(backbone).__name__}.",
