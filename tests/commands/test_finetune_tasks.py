@@ -88,6 +88,9 @@ def test_classes(place: Path, tmp_path: Path, fmsuite):
         for number, said in zip(run.cases, run.outputs, strict=True)
     ]
     assert cell.scores["accuracy"][OVERALL].mean == pytest.approx(np.mean(right))
+    [said] = results.facts.normalisations.values()
+    assert "the encoder's own" in said
+    assert "What raw values became" in (tmp_path / "report.html").read_text(encoding="utf-8")
     ran = fmsuite("predict", "--model", tmp_path / run.folder, "--out", tmp_path / "new", place / "tiles")
     assert ran.code == 0, ran.text
     with (tmp_path / "new" / "predictions.csv").open() as file:
