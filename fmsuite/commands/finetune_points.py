@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fmsuite.core.data.sample import Array
-from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.seeding import generator
 from fmsuite.domains.base import Domain, Progress
@@ -74,7 +74,7 @@ def foreground_points(
     for source in progress(sources, len(sources), "Looking for labels"):
         try:
             scene = scenes(source)
-            labels = scene.read((0,) * len(scene.size), scene.size).maps[name]
+            labels = labels_of(scene, scene.read((0,) * len(scene.size), scene.size), name)
         except ReadFailure as failure:
             skipped.add_failure(failure)
             continue
