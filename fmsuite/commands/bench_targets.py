@@ -16,6 +16,7 @@ from fmsuite.commands.bench_jobs import (
     class_jobs,
     judged,
     mean_control,
+    primary_of_classes,
     shots_of,
     target_jobs,
     title,
@@ -26,6 +27,7 @@ from fmsuite.commands.bench_opening import (
     folds_of,
     inputs_of,
     intervals,
+    kept_apart,
     learned_from,
     open_bench,
     said_of_folds,
@@ -146,13 +148,15 @@ def bench_targets(
             target=target.kind,
             classes=items.classes,
             items=items.items(),
-            split=items.said,
+            split=f"{items.said} {kept_apart(items, plugin.units)}",
             folds=folds_of(items),
             encoders=facts,
             methods={e.method: title(e.method, target.kind) for e in evaluations},
-            primary={"classes": "balanced_accuracy", "number": numbers.PRIMARY, "findings": findings.PRIMARY}[
-                target.kind
-            ],
+            primary={
+                "classes": primary_of_classes(evaluations),
+                "number": numbers.PRIMARY,
+                "findings": findings.PRIMARY,
+            }[target.kind],
             interval=intervals(evaluations, target.kind),
             evaluations=evaluations,
             notes=[

@@ -237,7 +237,7 @@ def _points(setup: Setup) -> Points:
     found = foreground_points(
         data.domain,
         lambda source: open_scene(data.domain, data.index, source),
-        [case.sources[0] for case in data.cases if case.group in train],
+        list(dict.fromkeys(case.sources[0] for case in data.cases if case.group in train)),
         config.label_map,
         len(data.classes),
         len(data.domain.input_spec(data.index).axes),

@@ -15,6 +15,7 @@ from fmsuite.core.adaptation.network_files import Network
 from fmsuite.core.adaptation.scenes import SceneBox, scene_scores
 from fmsuite.core.adaptation.task import Segmentation
 from fmsuite.core.backbones.datewise import one_date
+from fmsuite.core.data.cropped import CroppedScene
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.packed_scenes import open_scene
@@ -64,7 +65,7 @@ def judge_scenes(
     for number in report(numbers, len(numbers)):
         case = data.cases[number]
         try:
-            scene = open_scene(data.domain, data.index, case.sources[0])
+            scene = case_scene(data, number)
             assert config.label_map is not None
             truth = scene.native_map(config.label_map)
             said = scores_of(config, network, scene, device)
@@ -92,6 +93,23 @@ def judge_scenes(
             writer.add(said.start, said.scores, said.valid)
             writer.finish()
     return found, failed
+
+
+def case_scene(data: TaskData, number: int) -> Scene:
+    """What is judged of a case: its source, or, where others have windows in that too, the box around its own.
+
+    Raises:
+        UsageError, ReadFailure: as ``open_scene``.
+    """
+    case, rows = data.cases[number], data.rows_of_case[number]
+    scene = open_scene(data.domain, data.index, case.sources[0])
+    if sum(other.sources[0] == case.sources[0] for other in data.cases) == 1:
+        return scene
+    axes, pitch = len(scene.size), np.asarray(scene.pitch)
+    windows = [data.index[int(row)] for row in rows]
+    starts = np.array([window.position[-axes:] for window in windows])
+    extent = np.rint(np.asarray(windows[0].extent[-axes:]) / pitch).astype(int)
+    return CroppedScene(scene, np.rint((starts - scene.origin) / pitch).astype(int), extent.tolist())
 
 
 def scores_of(config: FinetuneConfig, network: Network, scene: Scene, device: torch.device) -> SceneBox:
@@ -168,7 +186,7 @@ def save_panel(
     Raises:
         ReadFailure: if its source cannot be read.
     """
-    scene = open_scene(data.domain, data.index, data.cases[number].sources[0])
+    scene = case_scene(data, number)
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
     predicted = scores_of(config, network, scene, device).scores.argmax(0)

@@ -10,7 +10,9 @@ import torch
 
 from fmsuite.commands.setup import resolve_run
 from fmsuite.configs import load_recipe, recipes
+from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.layers import Attention
 from fmsuite.core.data.sample import MaskContext, SampleKey
 from fmsuite.core.inputs import Channel, InputSpec, rgb_channels
 from fmsuite.core.objectives.base import Objective, find_objective
@@ -148,6 +150,23 @@ def test_the_remote_sensing_recipes_have_the_published_shapes() -> None:
     context = MaskContext(sensors.grid.token_axes, shape, np.ones(392, bool), np.random.default_rng(0), SampleKey(0, 0))
     # Of three modalities 98 of 588 tokens are visible.
     assert (~sensors.sampler(context)).sum() == round(392 * 98 / 588)
+
+
+def test_rvsa_is_the_published_autoencoder_and_takes_windows() -> None:
+    config = resolve_run("remote_sensing", "rvsa")
+    with torch.device("meta"):
+        backbone = build_backbone(config.model, INPUTS["remote_sensing"])
+        tuned(backbone, TuningOptions(attention="rvsa"))
+    assert (backbone.width, backbone.depth, backbone.spec.size) == (768, 12, (224, 224))
+    full = [number for number, block in enumerate(backbone.blocks, 1) if type(block.attn) is Attention]
+    assert full == [3, 6, 9, 12]
+    # Eight blocks with regressors of 12 heads times (2 + 2 + 1), and two tables of 13 distances of 64 features.
+    plain = 85_798_656 - 768 * 197
+    assert sum(p.numel() for p in backbone.parameters()) == plain + 768 + 8 * (60 * 769 + 2 * 13 * 64)
+    images, batch = 990_000, config.training.batch_size
+    schedules = OptimSchedules.build(config.optim, batch, run_length(config.training, images), images // batch)
+    assert (config.training.epochs, batch) == (1600, 2048)
+    assert schedules.lr(40 * (images // batch)) == pytest.approx(1.5e-4 * 2048 / 256, rel=0.01)
 
 
 def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import Array, ArraySample, Sample
 from fmsuite.domains.remote_sensing.dates import some_dates
+from fmsuite.domains.remote_sensing.dropout import Dropout
 from fmsuite.domains.remote_sensing.sensors import Kind
 from fmsuite.tiling.symmetry import turned
 
@@ -29,7 +30,7 @@ BLUR_PROBABILITY = (0.5, 0.1)
 
 @dataclass(frozen=True)
 class RasterAugmentation:
-    """Flips and right-angle turns; at full strength radiometric jitter band by band, mild blur and missing bands too.
+    """Flips, right-angle turns and missing bands; at full strength radiometric jitter band by band and mild blur too.
 
     There is no hue, no greyscale and no JPEG: bands are measurements, and their ratios carry the meaning. Jitter
     acts on physical values, ``offset + scale * stored``; it and the blur are done on the device.
@@ -38,14 +39,14 @@ class RasterAugmentation:
         kind: ``optical`` varies by factors, ``decibel`` and ``kelvin`` by shifts. Bands of one kind share a part.
         scale, offset: from stored to physical values.
             All three are of all bands, or of each.
-        band_dropout: probability that a band is marked missing; one band always stays.
+        dropout: which bands are marked missing, at either strength.
         dates: how many of a series a varied view shows; all if not given.
     """
 
     kind: Kind | Sequence[Kind] = "optical"
     scale: float | Sequence[float] = 1.0
     offset: float | Sequence[float] = 0.0
-    band_dropout: float = 0.0
+    dropout: Dropout = field(default_factory=Dropout)
     dates: int | None = None
 
     def before_crop(self, sample: Sample, strength: str, generator: np.random.Generator) -> Sample:
@@ -61,14 +62,13 @@ class RasterAugmentation:
             return sample
         sample = turned(sample, int(generator.integers(4)), bool(generator.integers(2)))
         if strength == "weak":
-            return sample
+            return self.dropout(sample, generator)
         maps = self._jitter(len(sample.values), generator)[None]
         blurs = generator.random() < BLUR_PROBABILITY[second]
         sigma = float(generator.uniform(*BLUR))
         blur = np.zeros(sample.values.ndim - 1, dtype=np.float32)
         blur[-2:] = sigma if blurs else 0
-        sample = sample.replace(adjust=Adjustment(maps=maps, blur=blur))
-        return _without_bands(sample, self.band_dropout, generator) if self.band_dropout else sample
+        return self.dropout(sample.replace(adjust=Adjustment(maps=maps, blur=blur)), generator)
 
     def _jitter(self, bands: int, generator: np.random.Generator) -> Array:
         """(C, 2C + 1), a map of stored values that is a factor or a shift of physical ones."""
@@ -83,17 +83,3 @@ class RasterAugmentation:
         factor, of_mean = np.where(optical, factor, 1), np.where(optical, of_mean, 0)
         moved = np.where(optical, (factor + of_mean - 1) * offset, shifts)
         return affine(np.diag(factor), np.diag(of_mean), moved / scale)
-
-
-def _without_bands(sample: ArraySample, probability: float, generator: np.random.Generator) -> ArraySample:
-    bands = len(sample.values)
-    draws = generator.random(bands)
-    dropped = draws < probability
-    if dropped.all():
-        dropped[int(draws.argmax())] = False
-    valid = np.ones(sample.values.shape, dtype=bool) if sample.valid is None else sample.valid
-    valid = np.broadcast_to(valid, sample.values.shape).copy()
-    valid[dropped] = False
-    values = sample.values.copy()
-    values[dropped] = 0
-    return sample.replace(values=values, valid=valid)

@@ -10,6 +10,7 @@ from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.remote_sensing.blocks import BlockOptions
 from fmsuite.domains.remote_sensing.clouds import CloudOptions
 from fmsuite.domains.remote_sensing.dates import DateOptions
+from fmsuite.domains.remote_sensing.dropout import DropoutOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
 from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.places import PlaceOptions
@@ -29,13 +30,14 @@ class RemoteSensingOptions(
     LabelOptions,
     PlaceOptions,
     BlockOptions,
+    DropoutOptions,
 ):
     """How rasters become windows, and what is known about the rasters.
 
     The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them), ``DateOptions``,
     ``CloudOptions``, ``MapOptions`` and ``LabelOptions``: a group is a scene, and a line of a labels file may also name
     a place (see ``place_pattern`` and ``series``). ``PlaceOptions`` have windows around labelled places instead of a
-    grid, ``BlockOptions`` make groups of the ground.
+    grid, ``BlockOptions`` make groups of the ground, ``DropoutOptions`` say what is hidden in training.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of
@@ -56,7 +58,6 @@ class RemoteSensingOptions(
         statistics_windows: how many windows, evenly spread over the index, the statistics are taken from.
         place_pattern: regular expression, searched for in the file name; what it matches (its first group, if it has
             one) names the place. Windows of one place belong to one group, and with ``series`` to one time series.
-        band_dropout: probability that the strong augmentation marks a band as missing.
     """
 
     bands: tuple[str, ...] | None = None
@@ -70,7 +71,6 @@ class RemoteSensingOptions(
     percentiles: tuple[float, float] = (0.5, 99.5)
     statistics_windows: int = Field(default=256, ge=1)
     place_pattern: str | None = None
-    band_dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("place_pattern")
     @classmethod

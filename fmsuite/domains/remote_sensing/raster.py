@@ -11,6 +11,7 @@ import numpy as np
 
 from fmsuite.core.inputs import Quantification
 from fmsuite.domains.remote_sensing.band_names import band_names, colour_names
+from fmsuite.domains.remote_sensing.grids import crs_text
 from fmsuite.domains.remote_sensing.layers import Layer
 from fmsuite.domains.remote_sensing.metres import metres_per_pixel
 from fmsuite.domains.remote_sensing.names import layer_of
@@ -74,7 +75,7 @@ class Raster:
     @property
     def grid(self) -> tuple[Any, ...]:
         """(height, width, CRS, transform), for ``grids.pixel_ratio``."""
-        return (self.height, self.width, str(self.dataset.crs), tuple(self.dataset.transform[:6]))
+        return (self.height, self.width, crs_text(self.dataset.crs), tuple(self.dataset.transform[:6]))
 
     @property
     def crs(self) -> Any:

@@ -118,6 +118,25 @@ class RasterScene(Scene):
             raise ValueError(f"scores of shape {scores.shape} for a scene of {self.size}")
         return linear_back(scores, (0, 0), self.pitch, (0, 0), self.native_size)
 
+    def native_box(self, start: Sequence[int], extent: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        low, high = [], []
+        for s, n, pitch, whole, size in zip(start, extent, self.pitch, self.native_size, self.size, strict=True):
+            low.append(min(math.ceil(s * pitch - 0.5 - _WHOLE), whole - 1))
+            # What is left of a pixel behind the last sample belongs to it.
+            end = whole if s + n == size else math.ceil((s + n) * pitch - 0.5 - _WHOLE)
+            high.append(min(max(end, low[-1] + 1), whole))
+        return tuple(low), tuple(h - b for h, b in zip(high, low, strict=True))
+
+    def part_to_native(
+        self,
+        scores: Array,
+        start: Sequence[int],
+        native_start: Sequence[int],
+        native_extent: Sequence[int],
+        outside: float = 0.0,
+    ) -> Array:
+        return linear_back(scores, start, self.pitch, native_start, native_extent)
+
     def locate(self, place: Sequence[int]) -> tuple[float, ...]:
         """A raster is shown whole; in the rest of a pixel that is left at its far sides, the last sample's place."""
         at = (np.asarray(place) + 0.5) / self.pitch - 0.5

@@ -6,7 +6,9 @@ import numpy as np
 import pyproj
 import pytest
 import rasterio
+from rasterio.windows import Window
 
+from fmsuite.domains.remote_sensing import read_raster
 from fmsuite.domains.remote_sensing.eopatch import TIMESTAMPS
 from fmsuite.domains.remote_sensing.raster import SUFFIXES
 
@@ -81,6 +83,90 @@ def test_a_file_with_an_internal_mask(real_data, make_index):
         top, left = (int(place) for place in window.position)
         sample = reader.read(window)
         np.testing.assert_array_equal(sample.valid.all(0), mask[top : top + 32, left : left + 32])
+
+
+FORMATS = [
+    ("RGB.byte", None),
+    ("riotiler_blue", None),
+    ("riotiler_cog", None),
+    ("riotiler_cog_cmap", "rgb"),
+    ("riotiler_cog_cmap", "index"),
+    ("riotiler_cog_hirise_mars", None),
+    ("riotiler_cog_nodata", None),
+    ("riotiler_cog_rgb_mask", None),
+    ("riotiler_green", None),
+    ("riotiler_red", None),
+    ("riotiler_scene_band1", None),
+    ("riotiler_scene_band2", None),
+]
+
+
+@pytest.mark.parametrize(("name", "palette"), FORMATS)
+def test_windows_equal_rasterios_own_at_borders_and_with_bands_in_another_order(real_data, name, palette):
+    path = real_data / "remote_sensing" / "geotiff_formats" / f"{name}.tif"
+    with rasterio.open(path) as dataset:
+        height, width = dataset.shape
+        for row, column in ((-20, -13), (height // 2, width // 2), (height - 30, width - 41), (7, width - 5)):
+            top, left, bottom, right = max(row, 0), max(column, 0), min(row + 48, height), min(column + 64, width)
+            raw = dataset.read(window=Window(left, top, right - left, bottom - top), masked=True)
+            values, valid = raw.data, ~np.ma.getmaskarray(raw)
+            if palette == "rgb":
+                colours = np.array([dataset.colormap(1)[entry] for entry in range(256)], np.uint8)[values[0]]
+                values, valid = colours[..., :3].transpose(2, 0, 1), np.repeat(valid & (colours[..., 3] > 0), 3, axis=0)
+            beside = ((0, 0), (top - row, row + 48 - bottom), (left - column, column + 64 - right))
+            values, valid = np.pad(np.where(valid, values, 0), beside), np.pad(valid, beside)
+            patch = read_raster(path, palette=palette, pixels=(row, column, 48, 64))
+            np.testing.assert_array_equal(patch.valid, valid)
+            np.testing.assert_array_equal(patch.values, values)
+            turned = read_raster(path, palette=palette, pixels=(row, column, 48, 64), bands=patch.bands[::-1])
+            np.testing.assert_array_equal(turned.values, values[::-1])
+            np.testing.assert_array_equal(turned.valid, valid[::-1])
+        assert patch.metres is not None
+        assert patch.values.dtype == dataset.dtypes[0]
+
+
+def test_eight_files_of_one_date_are_one_scene(real_data, make_index):
+    folder = real_data / "remote_sensing" / "sentinel2_rcr"
+    region = {"region": (900, 1000, 1156, 744), "region_unit": "pixel"}
+    options = {"sensor": "sentinel2-l1c", "scale": 1 / 255, "nodata": 255, "size": 128}
+    domain, index, skipped = make_index(folder, **options, **region)
+    assert not skipped.entries
+    assert index.groups == ["2018-10-13_Sentinel-2B_L1C"]
+    assert domain.input_spec(index).channel_names == tuple(f"B{n}" for n in range(1, 9))
+    assert len(index) == 4
+    reader = domain.reader(index)
+    for row in range(4):
+        top, left = index[row].position
+        sample = reader.read(index[row])
+        for number in range(1, 9):
+            with rasterio.open(next(folder.glob(f"*_B0{number}.tiff"))) as dataset:
+                expected = dataset.read(1, window=Window(left, top, 128, 128))
+            np.testing.assert_array_equal(sample.valid[number - 1], expected != 255)
+            np.testing.assert_array_equal(sample.values[number - 1], np.where(expected != 255, expected, 0))
+
+
+def test_two_sensors_over_each_other_keep_each_ones_nodata(real_data, make_index):
+    folder = real_data / "remote_sensing" / "sen1floods11_sample"
+    layers = (
+        {"sensor": "sentinel2-l1c", "pattern": "S2Hand"},
+        {"sensor": "sentinel1", "pattern": "S1Hand", "required": False},
+    )
+    domain, index, skipped = make_index(folder, layers=layers, groups="sensors", size=128)
+    assert [entry.path.endswith("LabelHand.tif") for entry in skipped.entries] == [True]
+    spec = domain.input_spec(index)
+    assert [(name, len(members)) for name, members in spec.groups] == [("sentinel2-l1c", 13), ("sentinel1", 2)]
+    assert -30 < spec.channels[14].mean < spec.channels[13].mean < 0 < spec.channels[0].mean < 1
+    with rasterio.open(next(folder.glob("S2/*.tif"))) as s2, rasterio.open(next(folder.glob("S1/*.tif"))) as s1:
+        optical, radar = s2.read(), s1.read()
+    expected = np.concatenate([optical.astype(np.float32), radar])
+    valid = np.concatenate([optical != 0, np.isfinite(radar)])
+    reader = domain.reader(index)
+    for row in range(len(index)):
+        top, left = (int(place) for place in index[row].position)
+        box = np.s_[:, top : top + 128, left : left + 128]
+        sample = reader.read(index[row])
+        np.testing.assert_array_equal(sample.valid, valid[box])
+        np.testing.assert_array_equal(sample.values, np.where(valid, expected, 0)[box])
 
 
 def test_twelve_months_of_modis_in_sinusoidal_coordinates(real_data, make_index):
