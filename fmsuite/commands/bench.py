@@ -12,6 +12,7 @@ from fmsuite.commands.bench_jobs import (
     FEWSHOT,
     class_jobs,
     judged,
+    primary_of_classes,
     shots_of,
     title,
 )
@@ -21,6 +22,7 @@ from fmsuite.commands.bench_opening import (
     folds_of,
     inputs_of,
     intervals,
+    kept_apart,
     learned_from,
     open_bench,
     said_of_folds,
@@ -31,12 +33,13 @@ from fmsuite.commands.contenders import Means
 from fmsuite.commands.labelled_windows import LabelledWindows, named
 from fmsuite.core.evaluation.folds import Asked
 from fmsuite.core.evaluation.results import Results
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
 from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.domains.base import Progress, no_progress
 
 log = logging.getLogger("fmsuite")
 
-TASK_NAMES = (*TASKS, FEWSHOT)
+TASK_NAMES = (*TASKS, RETRIEVAL, FEWSHOT)
 SHOTS = (1, 2, 4, 8, 16, 32)
 EPISODES = 200
 MOST_PREDICTIONS = 20_000_000
@@ -76,7 +79,8 @@ def bench(
         data: files, folders, a CSV that labels the folder it lies in, or one ``index.parquet``; example data if empty.
             Sides of the split are those of the data,
             ``train`` and ``test``; where these name none, a split by group is made.
-        tasks: names in ``tiles.TASKS``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws each; ``all``.
+        tasks: names in ``tiles.TASKS``, ``retrieval``, and ``fewshot``: SimpleShot over ``shots``, ``episodes`` draws
+            each; ``all``.
         seed: of the split, the draws, the shuffles and the bootstrap.
         folds: cross-validation by group in place of a split: so many folds, or one for each group. Few-shot draws then
             ask about the groups that gave them no example.
@@ -122,13 +126,14 @@ def bench(
         title=f"Benchmark on {named(paths)}",
         classes=windows.classes,
         items=windows.items(),
-        split=windows.said,
+        split=f"{windows.said} {kept_apart(windows, plugin.units)}",
         folds=folds_of(windows),
         encoders=[contender.facts for contender in found],
         methods={e.method: title(e.method) for e in evaluations},
+        primary=primary_of_classes(evaluations),
         interval=intervals(evaluations),
         evaluations=evaluations,
-        notes=[*windows.notes, *notes, *said_of_folds(windows), *of_values, *shared_controls(found)],
+        notes=[*windows.notes, *notes, *said_of_folds(windows, evaluations), *of_values, *shared_controls(found)],
         facts=opened.start.facts(
             command,
             seed,

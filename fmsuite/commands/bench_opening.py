@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fmsuite.commands.comparison import Start, open_out, short_names
 from fmsuite.commands.contenders import Contender, Means, contenders, embed_all, has_features, variants
 from fmsuite.commands.labelled_windows import LabelledWindows, asked_options, with_labels_file
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, parts_of
+from fmsuite.core.data.grouping import group_codes
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import SkippedLog
@@ -30,9 +32,9 @@ from fmsuite.core.evaluation.statistics import MIN_GROUPS, describe
 from fmsuite.core.evaluation.tiles import SHUFFLED_INTERVAL
 from fmsuite.core.evaluation.value_statistics import ValueSample
 from fmsuite.core.features import FeatureStore
-from fmsuite.core.reports.wording import plural
+from fmsuite.core.reports.wording import counted, plural
 from fmsuite.core.training.precision import choose_device
-from fmsuite.domains.base import Domain, Progress
+from fmsuite.domains.base import Domain, Progress, Units
 from fmsuite.errors import UsageError, nearest
 from fmsuite.tiling.parts import discard_parts
 
@@ -77,7 +79,7 @@ class Opened:
         notes: list[str] = []
         if set(normalisations) - {TRAINED}:
             sample = ValueSample.of(index, learned.rows.tolist(), reader, spec, learned.called)
-            more, notes = variants(self.models, normalisations, sample, found)
+            more, notes = variants(found, normalisations, sample)
             notes.append(
                 f"Other normalisations than the encoders' own take their statistics from {sample.said}, without labels."
             )
@@ -183,14 +185,55 @@ def folds_of(windows: LabelledWindows) -> int | None:
     return len(windows.split.parts) if isinstance(windows.split, Folds) else None
 
 
-def said_of_folds(windows: LabelledWindows) -> list[str]:
+def kept_apart(windows: LabelledWindows, units: Units) -> str:
+    """One or two sentences on what a group is, none of which is both learned from and asked about; and on sources that
+    are."""
+    metadata = windows.index.metadata
+    blocks, places = metadata.get("blocks"), metadata.get("places") or {}
+    if blocks:
+        what = f"squares of the ground of {blocks['metres']:g} m (spatial blocks)"
+        near = f", or nearer to them than {blocks['margin']:g} m," if blocks.get("margin") else ""
+        number = int(blocks["left_out"])
+        left = f"{counted(number, units.window)} across their borders{near} {'was' if number == 1 else 'were'} left out"
+        said = f"Kept apart: {what}; {left}."
+    elif places:
+        file = Path(str(places.get("file", "the places"))).name
+        what = f"the polygons, or the groups, of {file}"
+        if not places.get("grouped"):
+            what = f"the points of {file}, but for those whose {plural(units.window)} share pixels"
+        said = f"Kept apart: {what}."
+        if places.get("meeting"):
+            said += f" {counted(int(places['meeting']), 'pair')} of neighbours in different groups share pixels."
+    else:
+        said = f"Kept apart: what the data call a group ({units.group})."
+    divided = _divided(windows)
+    if divided:
+        whose = f"{counted(divided, units.source)} {'has' if divided == 1 else 'have'}"
+        said += f" {whose} {plural(units.window)} that are learned from beside others that are asked."
+    return said
+
+
+def _divided(windows: LabelledWindows) -> int:
+    """How many sources are on both sides of the split; with folds, how many are of several groups."""
+    _, code = group_codes(windows.index, "source")
+    if isinstance(windows.split, Folds):
+        rows = windows.rows_of(windows.split.test).numpy()
+        _, group = group_codes(windows.index, "group")
+        pairs = np.unique(np.stack([code[rows], group[rows]]), axis=1)
+        return int((np.unique(pairs[0], return_counts=True)[1] > 1).sum())
+    learned, asked = (windows.rows_of(side).numpy() for side in (windows.split.train, windows.split.test))
+    return len(np.intersect1d(code[learned], code[asked]))
+
+
+def said_of_folds(windows: LabelledWindows, evaluations: Sequence[Evaluation]) -> list[str]:
     if not isinstance(windows.split, Folds):
         return []
-    return [
+    said = (
         "Folds: the answers of all folds are put together before they are scored. Metrics of scores (AUROC, average "
-        "precision) so compare what different classifiers said, which can lower them; few-shot draws know no folds: "
-        "each asks about the groups that gave it no example."
-    ]
+        "precision) so compare what different classifiers said, which can lower them."
+    )
+    few = " Few-shot draws know no folds: each asks about the groups that gave it no example."
+    return [said + (few if any(e.shots is not None for e in evaluations) else "")]
 
 
 def _example_data(plugin: Domain) -> Path:

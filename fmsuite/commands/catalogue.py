@@ -12,6 +12,8 @@ from fmsuite.core.backbones.config import VIT_SIZES
 from fmsuite.core.evaluation.classifiers import CLASSIFIERS
 from fmsuite.core.evaluation.findings import FINDINGS_TASKS
 from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
+from fmsuite.core.evaluation.retrieval import TITLE as RETRIEVAL_TITLE
 from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.core.objectives.base import OBJECTIVES, Objective
 from fmsuite.domains.base import domain_names, load_domain
@@ -107,6 +109,7 @@ def _methods() -> tuple[Row, list[Row]]:
 
 def _tasks() -> tuple[Row, list[Row]]:
     rows: list[Row] = [(name, task.title) for name, task in TASKS.items()]
+    rows.append((RETRIEVAL, RETRIEVAL_TITLE))
     rows.append((FEWSHOT, f"Few-shot curves: {CLASSIFIERS[FEWSHOT_METHOD].title}"))
     rows += [(f"{name} (--regress)", task.title) for name, task in NUMBER_TASKS.items() if name != CONSTANT]
     rows += [(f"{name} (--findings)", task.title) for name, task in FINDINGS_TASKS.items()]

@@ -114,20 +114,22 @@ def contenders(
 
 
 def variants(
-    encoders: Mapping[str, Encoder], names: Sequence[str], sample: ValueSample, found: Sequence[Contender]
+    found: Sequence[Contender], names: Sequence[str], sample: ValueSample
 ) -> tuple[list[Contender], list[str]]:
-    """Each encoder under other normalisations, and sentences on those that do not apply.
+    """Each encoder among the contenders under other normalisations, and sentences on those that do not apply.
 
     Args:
         names: as of ``renormalised``.
-        found: the other contenders.
 
     Raises:
         UsageError: as ``renormalised``.
     """
     made: list[Contender] = []
     notes = []
-    for name, encoder in encoders.items():
+    encoders = [
+        (one.name, one.embedder) for one in found if isinstance(one.embedder, Encoder) and one.kind == "encoder"
+    ]
+    for name, encoder in encoders:
         under, left_out = renormalised(encoder, name, names, sample)
         for key, embedder in under.items():
             called = _free(f"{name}, {key}", [*found, *made])

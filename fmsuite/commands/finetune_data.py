@@ -108,7 +108,7 @@ def collect(
     Raises:
         UsageError: if labels are missing or are not the task's, a case has several, or there is no usable split.
     """
-    notes: list[str] = []
+    notes = [str(note) for note in whole.metadata.get("notes", [])]
     kept, values, classes = _targets(config, domain, whole, skipped, targets, notes)
     index = whole.select(kept)
     sides = _column(index, "split")
@@ -123,7 +123,8 @@ def collect(
     by = "source" if config.task_name in DENSE else config.judge.by
     codes = numbered.label_codes if config.task_name == "classification" else None
     lowest = 0.0 if config.task_name == "multilabel" else -np.inf
-    cases, rows, truth = _cases(numbered, groups, by, codes, values, lowest, classes)
+    parted = config.task_name == "segmentation"
+    cases, rows, truth = _cases(numbered, groups, by, codes, values, lowest, classes, parted)
     kinds = _kinds(len(groups), codes, values, lowest)
     seed = config.seed if config.split.seed is None else config.split.seed
     folds, said = _folds(config.split, groups, sides, kinds, seed, domain.units.group)
@@ -204,17 +205,23 @@ def _cases(
     values: Array | None,
     lowest: float,
     classes: Sequence[str],
+    parted: bool,
 ) -> tuple[list[Case], list[Array], Array | None]:
     """Windows of one source or group together, in the order in which they come.
 
     Args:
         lowest: of the numbers that are known.
+        parted: a source whose windows are in several groups is as many cases.
     """
     sources = [str(source) for source in _column(index, "source")]
-    members: dict[str, list[int]] = {}
+    members: dict[tuple[str, str], list[int]] = {}
     for row, name in enumerate(sources if by == "source" else groups):
-        members.setdefault(name, []).append(row)
-    names = _short(list(members)) if by == "source" else list(members)
+        members.setdefault((name, groups[row] if parted else ""), []).append(row)
+    names = [name for name, _ in members]
+    if by == "source":
+        short = dict(zip(dict.fromkeys(names), _short(list(dict.fromkeys(names))), strict=True))
+        several = Counter(names)
+        names = [f"{short[name]}, {group}" if several[name] > 1 else short[name] for name, group in members]
     cases, truth = [], []
     for name, rows in zip(names, members.values(), strict=True):
         own = {groups[row] for row in rows}

@@ -13,14 +13,15 @@ from fmsuite.commands.finetune_config import FinetuneConfig
 from fmsuite.commands.finetune_data import TaskData
 from fmsuite.core.adaptation.network_files import Network
 from fmsuite.core.adaptation.scenes import SceneBox, scene_scores
-from fmsuite.core.adaptation.task import Segmentation
+from fmsuite.core.adaptation.task import Change, Segmentation
 from fmsuite.core.backbones.datewise import one_date
+from fmsuite.core.data.cropped import CroppedScene
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import Array, ArraySample
-from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.scene_maps import MapKind
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.case_scores import segmentation_scores
@@ -64,7 +65,7 @@ def judge_scenes(
     for number in report(numbers, len(numbers)):
         case = data.cases[number]
         try:
-            scene = open_scene(data.domain, data.index, case.sources[0])
+            scene = case_scene(data, number)
             assert config.label_map is not None
             truth = scene.native_map(config.label_map)
             said = scores_of(config, network, scene, device)
@@ -74,6 +75,10 @@ def judge_scenes(
             failed.append(number)
             continue
         ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
+        if isinstance(network.task, Change) and ignore is not None:
+            # Where only one of the dates has data there is nothing to compare, whatever the map says.
+            both = scene.scores_to_native(said.valid[None].astype(np.float32))[0] > 0.5
+            truth = np.where(both, truth, ignore)
         try:
             found[number] = segmentation_scores(
                 predicted,
@@ -83,6 +88,7 @@ def judge_scenes(
                 config.judge.metrics,
                 config.judge.tolerance,
                 ignore,
+                config.first_class,
             )
         except FmsuiteError as error:
             raise UsageError(f"{case.sources[0]}: {error.message}", error.hint) from error
@@ -92,6 +98,23 @@ def judge_scenes(
             writer.add(said.start, said.scores, said.valid)
             writer.finish()
     return found, failed
+
+
+def case_scene(data: TaskData, number: int) -> Scene:
+    """What is judged of a case: its source, or, where others have windows in that too, the box around its own.
+
+    Raises:
+        UsageError, ReadFailure: as ``open_scene``.
+    """
+    case, rows = data.cases[number], data.rows_of_case[number]
+    scene = open_scene(data.domain, data.index, case.sources[0])
+    if sum(other.sources[0] == case.sources[0] for other in data.cases) == 1:
+        return scene
+    axes, pitch = len(scene.size), np.asarray(scene.pitch)
+    windows = [data.index[int(row)] for row in rows]
+    starts = np.array([window.position[-axes:] for window in windows])
+    extent = np.rint(np.asarray(windows[0].extent[-axes:]) / pitch).astype(int)
+    return CroppedScene(scene, np.rint((starts - scene.origin) / pitch).astype(int), extent.tolist())
 
 
 def scores_of(config: FinetuneConfig, network: Network, scene: Scene, device: torch.device) -> SceneBox:
@@ -168,21 +191,20 @@ def save_panel(
     Raises:
         ReadFailure: if its source cannot be read.
     """
-    scene = open_scene(data.domain, data.index, data.cases[number].sources[0])
+    scene = case_scene(data, number)
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
+    truth = labels_of(scene, whole, config.label_map)
     predicted = scores_of(config, network, scene, device).scores.argmax(0)
     image = _picture(whole, network.spec, data.domain, len(scene.size))
     spacing = (whole.spacing or network.spec.spacing or (1.0,) * len(scene.size))[-len(scene.size) :]
     ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
-    slices = CaseSlices.of(
-        image,
-        whole.maps[config.label_map],
-        predicted,
-        spacing,
-        len(data.classes),
-        ignore=-1 if ignore is None else ignore,
-    )
+    classes = len(data.classes)
+    if config.first_class == 0:
+        # Pictures leave 0 undrawn: it stands for what is not known, and every class for one more.
+        truth, predicted = np.where(truth == ignore, 0, truth + 1), predicted + 1
+        ignore, classes = 0, classes + 1
+    slices = CaseSlices.of(image, truth, predicted, spacing, classes, ignore=-1 if ignore is None else ignore)
     path.parent.mkdir(parents=True, exist_ok=True)
     slices.save(path)
 

@@ -18,15 +18,21 @@ from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.evaluation.case_scores import (
+    COUNTS,
+    POOLED_SHORT,
     Values,
     class_values,
     estimates,
+    kept_of,
     label_values,
     mean_values,
     metrics_of,
     number_values,
+    pooled_values,
+    together,
 )
 from fmsuite.core.evaluation.cases import DENSE, PANELS, Arm, Cell, FinetuneResults, Panel, TunedRun
+from fmsuite.core.evaluation.segmentation import CaseCounts
 from fmsuite.core.reports.wording import counted
 from fmsuite.core.seeding import derive
 from fmsuite.core.training.precision import choose_device
@@ -98,8 +104,8 @@ def collect_results(
 
 
 def _labels(config: FinetuneConfig, data: TaskData) -> list[str]:
-    """What metrics are given for: of a segmentation without the background."""
-    return list(data.classes[1:] if config.task_name in DENSE else data.classes)
+    """What metrics are given for: of a segmentation without its background."""
+    return list(data.classes[config.first_class :] if config.task_name in DENSE else data.classes)
 
 
 def _cells(
@@ -133,6 +139,7 @@ def _cells(
 def _values(setup: Setup, runs: Sequence[TunedRun], judged: Sequence[int], labels: Sequence[str]) -> list[Values]:
     """Of each seed, the folds together."""
     config, data = setup.config, setup.data
+    pooled = [name for name in config.judge.metrics if name in POOLED_SHORT]
     found = []
     for seed in config.few.seeds:
         of_case = {}
@@ -151,9 +158,11 @@ def _values(setup: Setup, runs: Sequence[TunedRun], judged: Sequence[int], label
                     [[np.nan if v is None else v for v in of_case[number][name]] for number in judged],  # type: ignore[call-overload]
                     dtype=torch.float64,
                 )
-                for name in config.judge.metrics
+                for name in kept_of(config.judge.metrics)
             }
-            found.append(mean_values(tables, labels))
+            counts = CaseCounts(*(tables.pop(name) for name in COUNTS)) if pooled else None
+            by_case = mean_values({name: table for name, table in tables.items() if name not in pooled}, labels)
+            found.append(by_case if counts is None else together(by_case, pooled_values(counts, pooled, labels)))
             continue
         outputs = torch.tensor([of_case[number] for number in judged], dtype=torch.float64)
         assert data.truth is not None

@@ -78,7 +78,10 @@ class Encoder(nn.Module):
     @property
     def normalisation(self) -> str:
         """One sentence on what raw values become, and whose mean and standard deviation it is."""
-        return normalisation_sentence(self.spec, OWN)
+        before = self.provenance.get("channels_before") or self.spec.channel_names
+        new = [name for name in self.spec.channel_names if name not in before]
+        whose = f"{OWN}; the data's of {', '.join(new)}, which it was not trained on" if new else OWN
+        return normalisation_sentence(self.spec, whose)
 
     def normalized(self, pixels: Tensor | View) -> View:
         """Raw values, alone or as a view, as the backbone takes them."""
@@ -158,7 +161,8 @@ class Encoder(nn.Module):
             UsageError: listing every difference and the way out.
         """
         mine = self.spec
-        if isinstance(self.backbone, VisionTransformer) and self.backbone.config.position_units == "physical":
+        plain = self.backbone.single if isinstance(self.backbone, Datewise) else self.backbone
+        if isinstance(plain, VisionTransformer) and plain.config.position_units == "physical":
             mine = mine.model_copy(update={"spacing": None})
         differences = mine.differences(spec)
         if differences:

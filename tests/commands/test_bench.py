@@ -117,7 +117,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def test_everything_is_judged_by_everything(case: Case) -> None:
     results = case.results
-    whole = {"knn", "linear_torch", "linear_sklearn", "prototypes"}
+    whole = {"knn", "linear_torch", "linear_sklearn", "prototypes", "retrieval"}
     for name in ("one", "two", "untrained one", "histogram"):
         rows = [e for e in results.evaluations if e.encoder == name and not e.shuffled]
         assert {e.method for e in rows if e.shots is None} == whole

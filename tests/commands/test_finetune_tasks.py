@@ -88,6 +88,9 @@ def test_classes(place: Path, tmp_path: Path, fmsuite):
         for number, said in zip(run.cases, run.outputs, strict=True)
     ]
     assert cell.scores["accuracy"][OVERALL].mean == pytest.approx(np.mean(right))
+    [said] = results.facts.normalisations.values()
+    assert "the encoder's own" in said
+    assert "What raw values became" in (tmp_path / "report.html").read_text(encoding="utf-8")
     ran = fmsuite("predict", "--model", tmp_path / run.folder, "--out", tmp_path / "new", place / "tiles")
     assert ran.code == 0, ran.text
     with (tmp_path / "new" / "predictions.csv").open() as file:
@@ -185,8 +188,12 @@ def test_a_wrong_file_is_refused(place: Path, changes: dict, said: str):
 
 
 def test_tasks_that_come_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert [path.stem for path in TASK_FILES.glob("*.yaml")] == ["msd-hippocampus"]
+    assert {path.stem for path in TASK_FILES.glob("*.yaml")} == {"msd-hippocampus", "sentinel2-landcover"}
     monkeypatch.setenv("FMSUITE_DATA", str(tmp_path))
+    config = read_finetune(Path("sentinel2-landcover"))
+    assert config.paths == [tmp_path / "remote_sensing" / "sentinel2_rcr"]
+    assert len(config.classes) == 6
+    assert [arm.name for arm in config.arms] == ["frozen", "scratch"]
     config = read_finetune(Path("msd-hippocampus"))
     assert config.paths == [tmp_path / "medical" / "msd_hippocampus" / "images"]
     assert [arm.name for arm in config.arms] == ["full", "scratch", "frozen"]

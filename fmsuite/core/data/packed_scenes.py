@@ -316,11 +316,27 @@ class PackedScene(Scene):
     def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
         return self._native.from_world(place)
 
+    def native_box(self, start: Sequence[int], extent: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._native.native_box(start, extent)
+
+    def part_to_native(
+        self,
+        scores: Array,
+        start: Sequence[int],
+        native_start: Sequence[int],
+        native_extent: Sequence[int],
+        outside: float = 0.0,
+    ) -> Array:
+        return self._native.part_to_native(scores, start, native_start, native_extent, outside)
+
     def write(self, values: Array, path: Path) -> Path:
         return self._native.write(values, path)
 
     def writer(self, path: Path, what: MapKind) -> SceneWriter:
         return self._native.writer(path, what)
+
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        return self._native.coarse_writer(path, what, step)
 
 
 def open_scene(domain: Domain, index: SampleIndex, source: str) -> Scene:

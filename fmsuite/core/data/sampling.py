@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -48,31 +49,42 @@ def bounds_of(index: SampleIndex) -> dict[str, Bounds]:
     Raises:
         UsageError: if windows of one index have different numbers of axes.
     """
-    sources = index.sources
-    number_of = {source: number for number, source in enumerate(sources)}
-    low: Array | None = None
-    high: Array | None = None
+    return {source: bounds for (source,), bounds in _bounds(index, ("source",)).items()}
+
+
+def _bounds(index: SampleIndex, columns: tuple[str, ...]) -> dict[tuple[str, ...], Bounds]:
+    """The box around the windows that are alike in some columns, in the order in which they first occur."""
+    names: list[dict[str, int]] = [{} for _ in columns]
+    low: dict[tuple[int, ...], Array] = {}
+    high: dict[tuple[int, ...], Array] = {}
     # In slices: the coordinates of a hundred million windows do not fit in memory at once.
     for start in range(0, len(index), _SLICE):
         rows = index.table.slice(start, _SLICE).combine_chunks()
-        column = rows.column("source").combine_chunks()
-        names = column.dictionary.to_pylist()
-        code = np.array([number_of.get(name, -1) for name in names])[column.indices.to_numpy()]
+        codes = []
+        for name, known in zip(columns, names, strict=True):
+            column = rows.column(name).combine_chunks()
+            number_of = [known.setdefault(text, len(known)) for text in column.dictionary.to_pylist()]
+            codes.append(np.array(number_of)[column.indices.to_numpy()])
         position, extent = (_matrix(rows.column(name).combine_chunks()) for name in ("position", "extent"))
-        if low is None or high is None:
-            low = np.full((len(sources), position.shape[1]), np.inf)
-            high = -low
-        if not position.shape[1] == extent.shape[1] == low.shape[1]:
+        axes = next(iter(low.values())).shape[0] if low else position.shape[1]
+        if not position.shape[1] == extent.shape[1] == axes:
             raise UsageError("The index holds windows of different numbers of axes.", "Make an index for each.")
-        np.minimum.at(low, code, position)
-        np.maximum.at(high, code, position + extent)
-    if low is None or high is None:
-        return {}
-    return {source: Bounds(low[number], high[number]) for source, number in number_of.items()}
+        keys, first, which = np.unique(np.stack(codes), axis=1, return_index=True, return_inverse=True)
+        least = np.full((keys.shape[1], axes), np.inf)
+        most = -least
+        np.minimum.at(least, which.reshape(-1), position)
+        np.maximum.at(most, which.reshape(-1), position + extent)
+        for number in np.argsort(first).tolist():
+            key = tuple(keys[:, number].tolist())
+            low[key] = np.minimum(low[key], least[number]) if key in low else least[number]
+            high[key] = np.maximum(high[key], most[number]) if key in high else most[number]
+    texts = [list(known) for known in names]
+    return {tuple(own[code] for own, code in zip(texts, key, strict=True)): Bounds(low[key], high[key]) for key in low}
 
 
 class RandomWindows:
-    """Windows anywhere within the box around their source's windows, every place of the grid as likely.
+    """Windows anywhere within the box around their source's windows, every place of the grid as likely. Where a source
+    has windows of several groups (blocks of the ground), the box is that around those of one.
 
     The grid is that of the windows' samples: a step along an axis is the window's extent over its samples, counted from
     the box's corner, so that a reader that resamples whole sources never has to interpolate again. How much of a moved
@@ -87,7 +99,7 @@ class RandomWindows:
     """
 
     def __init__(self, index: SampleIndex, size: Sequence[int]) -> None:
-        self.bounds = bounds_of(index)
+        self.bounds = _bounds(index, ("source", "group"))
         self.size = tuple(size)
         axes = {len(bounds.low) for bounds in self.bounds.values()}
         if axes - {len(self.size)}:
@@ -107,7 +119,7 @@ class RandomWindows:
         Raises:
             ValueError: if the source is not in the index.
         """
-        bounds = self.bounds.get(window.source)
+        bounds = self.bounds.get((window.source, window.group))
         if bounds is None:
             raise ValueError(f"the sampler was made for another index: it does not know {window.source}")
         step = np.asarray(window.extent) / self.size
@@ -164,6 +176,8 @@ class BalancedWindows:
         if not 0 <= foreground <= 1:
             raise UsageError(f"A share of {foreground} foreground windows is not between 0 and 1.")
         self.anywhere = RandomWindows(index, size)
+        groups = Counter(source for source, _ in self.anywhere.bounds)
+        self._parted = {source for source, count in groups.items() if count > 1}
         self.foreground = foreground
         self.points: dict[str, list[Array]] = {}
         for source, classes in points.items():
@@ -182,6 +196,13 @@ class BalancedWindows:
         classes = self.points.get(window.source)
         if classes is None or stream.random() >= self.foreground:
             return self.anywhere(window, row, stream)
+        if window.source in self._parted:
+            # Of the points of all groups, those of the window's own.
+            bounds = self.anywhere.bounds[window.source, window.group]
+            inside = [((points >= bounds.low) & (points <= bounds.high)).all(1) for points in classes]
+            classes = [points[near] for points, near in zip(classes, inside, strict=True) if near.any()]
+            if not classes:
+                return self.anywhere(window, row, stream)
         candidates = classes[stream.integers(len(classes))]
         point = candidates[stream.integers(len(candidates))]
         grid = self.anywhere.grid(window)

@@ -61,6 +61,33 @@ class Scene(ABC):
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         """(K, *size) float32 to (K, *native_size), interpolated linearly."""
 
+    def native_box(self, start: Sequence[int], extent: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Start and extent of the samples of the native grid whose middles lie in a box of the input's."""
+        inside = np.zeros((1, *self.size), np.float32)
+        box: tuple[slice, ...] = tuple(slice(s, s + n) for s, n in zip(start, extent, strict=True))
+        inside[(slice(None), *box)] = 1
+        places = np.argwhere(self.scores_to_native(inside)[0] >= 0.5)
+        low, high = places.min(0), places.max(0) + 1
+        return tuple(low.tolist()), tuple((high - low).tolist())
+
+    def part_to_native(
+        self,
+        scores: Array,
+        start: Sequence[int],
+        native_start: Sequence[int],
+        native_extent: Sequence[int],
+        outside: float = 0.0,
+    ) -> Array:
+        """Scores of a box, (K, *extent), to a box of the native grid; beyond the first, its outermost scores go on.
+
+        Args:
+            start: of the first box. native_start, native_extent: of the other.
+        """
+        around = [(s, whole - s - n) for s, whole, n in zip(start, self.size, scores.shape[1:], strict=True)]
+        native = self.scores_to_native(np.pad(scores, [(0, 0), *around], mode="edge"), outside)
+        box: tuple[slice, ...] = tuple(slice(s, s + n) for s, n in zip(native_start, native_extent, strict=True))
+        return native[(slice(None), *box)]
+
     @abstractmethod
     def write(self, values: Array, path: Path) -> Path:
         """Write (*native_size), or (K, *native_size), in the field's own format, so that it lies over the source in
@@ -80,6 +107,15 @@ class Scene(ABC):
             path: without a suffix.
         """
         return WholeWriter(self, path, what)
+
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        """Writes a map with one value for each box of ``step`` samples of the input's grid, from its first corner on;
+        the last boxes may reach beyond the scene.
+
+        Raises:
+            UsageError: if the domain's files have no such maps.
+        """
+        raise UsageError("Maps of this field are on the grid of its files only.", "Use `fmsuite similar`.")
 
     def place(self, samples: Array) -> Array:
         """Places on the input's grid, (..., D) counted in samples (sample k covers k to k + 1), to the coordinates of
@@ -141,11 +177,27 @@ class WrappedScene(Scene):
     def scores_to_native(self, scores: Array, outside: float = 0.0) -> Array:
         return self.scene.scores_to_native(scores, outside)
 
+    def native_box(self, start: Sequence[int], extent: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.scene.native_box(start, extent)
+
+    def part_to_native(
+        self,
+        scores: Array,
+        start: Sequence[int],
+        native_start: Sequence[int],
+        native_extent: Sequence[int],
+        outside: float = 0.0,
+    ) -> Array:
+        return self.scene.part_to_native(scores, start, native_start, native_extent, outside)
+
     def write(self, values: Array, path: Path) -> Path:
         return self.scene.write(values, path)
 
     def writer(self, path: Path, what: MapKind) -> SceneWriter:
         return self.scene.writer(path, what)
+
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        return self.scene.coarse_writer(path, what, step)
 
     def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
         return self.scene.locate(place)
@@ -155,3 +207,10 @@ class WrappedScene(Scene):
 
     def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
         return self.scene.from_world(place)
+
+
+def labels_of(scene: Scene, sample: ArraySample, name: str) -> Array:
+    """A label map of what was read of a scene along the scene's own axes; where it is kept for each of its dates, the
+    first: they are alike."""
+    labels = sample.maps[name]
+    return labels[(0,) * (labels.ndim - len(scene.size))]

@@ -9,6 +9,7 @@ from fmsuite.core.evaluation.metrics import METRICS
 from fmsuite.core.evaluation.multilabel import METRICS as MULTILABEL
 from fmsuite.core.evaluation.regression import METRICS as REGRESSION
 from fmsuite.core.evaluation.results import Results
+from fmsuite.core.evaluation.retrieval import METRICS as RETRIEVED
 from fmsuite.core.reports.answer import Answer, answer
 from fmsuite.core.reports.blocks import (
     Album,
@@ -34,6 +35,7 @@ from fmsuite.core.reports.tables import (
     Judged,
     Matrix,
     ScoreTable,
+    class_table,
     encoder_line,
     full_table,
     hardest,
@@ -69,6 +71,7 @@ class ComparisonSection:
     interval: str
     scale: str
     tables: list[ScoreTable]
+    by_class: ScoreTable | None
     full: FullTable
     metrics: list[tuple[str, str]]
     curves: list[Figure]
@@ -98,7 +101,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
     """
     results, exhibits = source.results, source.exhibits
     said = answer(results)
-    described = {**METRICS, **MULTILABEL, **REGRESSION}
+    described = {**METRICS, **MULTILABEL, **REGRESSION, **_retrieved(results)}
     best = said.best
     marks = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     same = same_setting(results, best) if best is not None else []
@@ -117,6 +120,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         interval=results.interval,
         scale=scale_note(results),
         tables=score_tables(results, marks),
+        by_class=class_table(results, best) if best is not None else None,
         full=full_table(results),
         metrics=[
             (metric_name(name), described[name])
@@ -185,6 +189,16 @@ def _curves(results: Results, marks: dict[str, int], keys: Iterator[str]) -> lis
             )
             figures.append(Figure(svg, heading=method_name(method)))
     return figures
+
+
+def _retrieved(results: Results) -> dict[str, str]:
+    """What ``acc@5`` and the like are."""
+    names = dict.fromkeys(name for e in results.evaluations for name in e.metrics if "@" in name)
+    found = {}
+    for name in names:
+        kind, _, k = name.partition("@")
+        found[name] = RETRIEVED[f"{kind}@k"].replace("k nearest", f"{k} nearest")
+    return found
 
 
 def _notes(source: Comparison, more: Sequence[str]) -> list[str]:

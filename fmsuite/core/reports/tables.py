@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fmsuite.core.evaluation.metrics import BY_CLASS
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation, Results
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
 from fmsuite.core.reports.wording import (
     chance_level,
     controlled,
@@ -59,8 +61,14 @@ class ScoreTable:
     groups: list[tuple[str, list[Row]]]
 
 
-BESIDE = {"balanced_accuracy": ("auroc",), "r2": ("mae", "rmse", "pearson"), "macro_auroc": ("map",)}
+BESIDE = {
+    "balanced_accuracy": ("auroc", "macro_f1"),
+    "r2": ("mae", "rmse", "pearson"),
+    "macro_auroc": ("map", "micro_map"),
+}
 """Metrics that have a table of their own beside the primary one."""
+RETRIEVED = ("acc@1", "acc@5", "mv@5", "map@20")
+"""Of retrieval's metrics, those that have a column."""
 ERRORS = ("mae", "rmse")
 """Metrics of which less is better."""
 FINDING_METRICS = {"auroc": "AUROC", "map": "average precision"}
@@ -80,7 +88,11 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
     """
     metric = metric_name(results.primary)
     methods = list(dict.fromkeys(e.method for e in results.evaluations))
-    whole = [m for m in methods if any(e.method == m and e.shots is None for e in results.evaluations)]
+    whole = [
+        m
+        for m in methods
+        if any(e.method == m and e.shots is None and results.primary in e.metrics for e in results.evaluations)
+    ]
     tables = []
     if whole:
         columns: list[Column] = [(method_name(m), m, None, None, results.primary) for m in whole]
@@ -90,6 +102,11 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
             caption = f"{metric_name(other)}, {everything(results.folds)}"
             tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
         tables += _finding_tables(results, whole, marks)
+    if RETRIEVAL in methods:
+        there = {name for e in results.evaluations if e.method == RETRIEVAL for name in e.metrics}
+        names = [name for name in RETRIEVED if name in there]
+        columns = [(metric_name(name), RETRIEVAL, None, None, name) for name in names]
+        tables.append(_table(results, f"retrieval, {everything(results.folds)}", "encoder", columns, marks))
     for method in methods:
         shots = sorted({e.shots for e in results.evaluations if e.method == method and e.shots is not None})
         if shots:
@@ -191,8 +208,25 @@ class FullTable:
     rows: list[FullRow]
 
 
+def class_table(results: Results, best: Evaluation) -> ScoreTable | None:
+    """Each class by the answer's evaluation."""
+    rows = []
+    for name in results.classes if results.target == "classes" else ():
+        estimates = [best.metrics.get(f"{metric}/{name}") for metric in BY_CLASS]
+        if any(estimates):
+            cells = [Cell() if e is None else Cell(decimal(e.mean), interval(e)) for e in estimates]
+            rows.append(Row(name, cells))
+    if not rows:
+        return None
+    caption = f"Each class, {best.encoder}, {method_name(best.method)}, {everything(results.folds)}"
+    return ScoreTable(caption, "class", [metric_name(metric) for metric in BY_CLASS], [("Encoders", rows)])
+
+
 def full_table(results: Results) -> FullTable:
+    """Without the metrics of single classes, of which ``class_table`` and the files tell."""
     names = list(dict.fromkeys(name for e in results.evaluations for name in e.metrics))
+    if results.target == "classes":
+        names = [name for name in names if "/" not in name]
     rows = []
     for e in results.evaluations:
         cells = []

@@ -13,12 +13,14 @@ from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.inputs import Channel, InputSpec
 from fmsuite.domains.base import Domain, DomainOptions, Overview, Units
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
+from fmsuite.domains.remote_sensing.blocks import BlockOptions
 from fmsuite.domains.remote_sensing.example import make_example
 from fmsuite.domains.remote_sensing.indexing import find_rasters, index_raster, settle
 from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
+from fmsuite.domains.remote_sensing.places import PlaceOptions
 from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
 from fmsuite.domains.remote_sensing.scene import RasterScene, raster_scene
 from fmsuite.errors import UsageError
@@ -38,7 +40,9 @@ class RemoteSensingDomain(Domain):
     Options: ClassVar[type[DomainOptions]] = RemoteSensingOptions
     default_recipe: ClassVar[str] = "remote-sensing-mae"
     units: ClassVar[Units] = Units(source="raster", group="scene")
-    truth_options: ClassVar[frozenset[str]] = frozenset(MapOptions.model_fields)
+    truth_options: ClassVar[frozenset[str]] = frozenset(
+        name for kind in (MapOptions, PlaceOptions, BlockOptions) for name in kind.model_fields
+    )
 
     options: RemoteSensingOptions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,19 @@ def pixel_ratio(fine: Grid, coarse: Grid) -> tuple[int, int] | None:
         if math.hypot(x - column * across, y - row * down) > TOLERANCE:
             return None
     return down, across
+
+
+def crs_text(crs: Any) -> str:
+    """A rasterio CRS as the shortest text that means it; ``"None"`` for none."""
+    return "None" if crs is None else _shortest(crs.to_wkt())
+
+
+@lru_cache(maxsize=256)
+def _shortest(wkt: str) -> str:
+    # To find a code among thousands takes a fifth of a second.
+    from rasterio.crs import CRS
+
+    return str(CRS.from_wkt(wkt).to_string())
 
 
 def matrix(transform: Sequence[float]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 
@@ -25,11 +26,10 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     """
     if crs is None or transform.is_identity:
         return None
-    import pyproj
     from pyproj.exceptions import ProjError
 
     try:
-        system = pyproj.CRS.from_wkt(crs.to_wkt())
+        system = _system(crs.to_wkt())
         ellipsoid = system.ellipsoid
         unit = system.axis_info[0].unit_conversion_factor if system.axis_info else 1.0
     except ProjError:
@@ -53,6 +53,13 @@ def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple
     if not (math.isfinite(along_x) and math.isfinite(along_y) and along_x > 0 and along_y > 0):
         return None
     return along_y, along_x
+
+
+@lru_cache(maxsize=256)
+def _system(wkt: str) -> Any:
+    import pyproj
+
+    return pyproj.CRS.from_wkt(wkt)
 
 
 def area_inflation(system: Any, x: float, y: float) -> float:

@@ -57,7 +57,7 @@ class _Parts:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.folder, self.left, self.day, self.layer
+        return _without_resolution(self.folder), self.left, self.day, self.layer
 
 
 def read_names(
@@ -213,8 +213,8 @@ def _name(parts: _Parts, of_bands: bool, apart: bool, options: RemoteSensingOpti
     file, layer = parts.file, options.layout[parts.layer]
     of_bands = of_bands or (layer.band_pattern is not None and parts.band is not None)
     folder, left = parts.folder, parts.left if of_bands else parts.whole
-    if of_bands and _RESOLUTION_FOLDER.fullmatch(posixpath.basename(folder)):
-        folder = posixpath.dirname(folder)
+    if of_bands:
+        folder = _without_resolution(folder)
     if apart and left:
         folder = posixpath.dirname(folder)
     if options.series or options.layers is not None or of_bands:
@@ -231,6 +231,10 @@ def _name(parts: _Parts, of_bands: bool, apart: bool, options: RemoteSensingOpti
             )
         place = found[1] if found.re.groups else found[0]
     return Name(place if options.series else scene, place, parts.day, parts.layer, parts.band if of_bands else None)
+
+
+def _without_resolution(folder: str) -> str:
+    return posixpath.dirname(folder) if _RESOLUTION_FOLDER.fullmatch(posixpath.basename(folder)) else folder
 
 
 def _without(stem: str, spans: Sequence[tuple[int, int]]) -> str:

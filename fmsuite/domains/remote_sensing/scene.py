@@ -118,6 +118,25 @@ class RasterScene(Scene):
             raise ValueError(f"scores of shape {scores.shape} for a scene of {self.size}")
         return linear_back(scores, (0, 0), self.pitch, (0, 0), self.native_size)
 
+    def native_box(self, start: Sequence[int], extent: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        low, high = [], []
+        for s, n, pitch, whole, size in zip(start, extent, self.pitch, self.native_size, self.size, strict=True):
+            low.append(min(math.ceil(s * pitch - 0.5 - _WHOLE), whole - 1))
+            # What is left of a pixel behind the last sample belongs to it.
+            end = whole if s + n == size else math.ceil((s + n) * pitch - 0.5 - _WHOLE)
+            high.append(min(max(end, low[-1] + 1), whole))
+        return tuple(low), tuple(h - b for h, b in zip(high, low, strict=True))
+
+    def part_to_native(
+        self,
+        scores: Array,
+        start: Sequence[int],
+        native_start: Sequence[int],
+        native_extent: Sequence[int],
+        outside: float = 0.0,
+    ) -> Array:
+        return linear_back(scores, start, self.pitch, native_start, native_extent)
+
     def locate(self, place: Sequence[int]) -> tuple[float, ...]:
         """A raster is shown whole; in the rest of a pixel that is left at its far sides, the last sample's place."""
         at = (np.asarray(place) + 0.5) / self.pitch - 0.5
@@ -160,6 +179,14 @@ class RasterScene(Scene):
     def writer(self, path: Path, what: MapKind) -> SceneWriter:
         """Of a Cloud-optimised GeoTIFF; memory does not depend on its size."""
         return RasterWriter(path, self.ground, what, self.pitch, self.size)
+
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        """Of a Cloud-optimised GeoTIFF whose pixels are as many samples wide and high."""
+        size = -(-self.size[0] // step[0]), -(-self.size[1] // step[1])
+        down, across = self.pitch[0] * step[0], self.pitch[1] * step[1]
+        fine = self.ground.transform
+        coarse = type(fine)(fine.a * across, fine.b * down, fine.c, fine.d * across, fine.e * down, fine.f)
+        return RasterWriter(path, Ground(size, self.ground.crs, coarse), what, (1.0, 1.0), size)
 
     def close(self) -> None:
         self._reader.close()

@@ -198,7 +198,8 @@ class _Known(Mapping[str, Sensor]):
 
 @lru_cache(maxsize=1)
 def _files() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(Path(__file__).with_name("sensors").glob("*.yaml"))}
+    files = Path(__file__).with_name("sensors").glob("*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 @lru_cache(maxsize=64)

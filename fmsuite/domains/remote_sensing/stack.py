@@ -147,7 +147,6 @@ class Stack:
                 self.path,
                 "read",
                 f"it has no band {', '.join(lacking)}; it has {', '.join(self.bands)}.",
-                "Tile again.",
             )
         held: dict[int, list[str]] = {}
         for name in bands:

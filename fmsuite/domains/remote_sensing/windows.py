@@ -95,7 +95,7 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
         )
         notes.append(Skipped(source, PLACES, f"{reason} Lower data.min_valid to have them."))
     facts: dict[str, Any] = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
-    facts |= {"left_out": layout.left_out, "places": unit.plan.get("places")}
+    facts |= {"crs": unit.grid[2], "left_out": layout.left_out, "places": unit.plan.get("places")}
     kept = layout.only(good)
     rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good], kept.groups)
     if kept.labels is not None:

@@ -101,6 +101,22 @@ def test_a_point_near_a_border_is_shown_by_the_last_window() -> None:
     assert len(places) > 70
 
 
+def test_windows_of_one_group_stay_in_its_box() -> None:
+    """Of two blocks of one source, nothing that is drawn for one shows the other."""
+    rows = [
+        Window("/s", group, (float(y), float(x)), (8.0, 8.0)) for group, y in (("a", 0), ("b", 40)) for x in (0, 30)
+    ]
+    rows.append(Window("/s", "a", (12.0, 5.0), (8.0, 8.0)))
+    index, stream = SampleIndex.from_windows(rows), np.random.default_rng(0)
+    points = {"/s": {1: np.array([[44.5, 20.5]]), 2: np.array([[4.5, 20.5], [47.5, 3.5]])}}
+    for sampler in (RandomWindows(index, (8, 8)), BalancedWindows(index, (8, 8), points, 0.5)):
+        for row, (low, high) in ((0, (0, 12)), (2, (40, 40)), (4, (0, 12))):
+            tops = {sampler(index[row], row, stream).position[0] for _ in range(200)}
+            assert low <= min(tops) <= max(tops) <= high
+    shown = [sampler(index[0], 0, stream).position for _ in range(100)]
+    assert shown.count((0, 16)) > 30
+
+
 def test_bad_arguments_are_refused() -> None:
     index = index_of({"/s": [(0.0, 0.0)]}, (8.0, 8.0))
     with pytest.raises(UsageError, match="2 axes"):
