@@ -107,7 +107,7 @@ def write_reconstructions(
         height, width = pictures[0].shape[:2]
         upright = width > WIDE * height
         file = f"{FOLDER}/{number}.png"
-        _composed([_enlarged(picture) for picture in pictures], upright).save(folder / file)
+        _composed([_enlarged(picture) for picture in pictures], upright).save(folder / file, compress_level=3)
         samples.append(Sample(file=file, source=source, error=error if math.isfinite(error) else None))
     facts = Reconstructions(
         step=step, held_out=held_out, given_statistics=found.given_statistics, upright=upright, samples=samples

@@ -69,7 +69,8 @@ def draw_previews(index: SampleIndex, folder: Path, options: PathologyOptions) -
         extent = np.asarray(windows.first.extent) / pitch
         picture = draw_windows(look.thumbnail.rgb, starts, extent, look.tissue.mask, caption)
         target = picture_path(folder, number, name)
-        picture.save(target)
+        # A quarter of the time of the default level, for an eighth more bytes.
+        picture.save(target, compress_level=3)
         written.append(target)
     if images:
         target = folder / "tiles.png"
