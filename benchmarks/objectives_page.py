@@ -60,7 +60,8 @@ MASKS = f"""
 ## Masks
 
 Objectives with `masking`, `mask_ratio` and `alike` take any of these patterns; each hides an exact number of places.
-`alike: [time]` or `[group]` repeats a pattern along those axes. I-JEPA and V-JEPA draw several blocks a view.
+`alike: [time]` or `[group]` repeats a pattern along those axes. I-JEPA and V-JEPA draw several blocks a view; MultiMAE
+draws a pattern in each channel group, whose shares of the visible places are those of a Dirichlet distribution.
 
 | `masking` | what | paper |
 |---|---|---|

@@ -192,6 +192,18 @@ def bench(
         bool,
         typer.Option("--controls/--no-controls", help="Also judge untrained networks, a histogram, shuffled labels."),
     ] = True,
+    band_means: Annotated[
+        Literal["auto", "mean", "mean+std", "none"],
+        typer.Option(help="Means of the channels as a control; auto: where there are more than three."),
+    ] = "auto",
+    normalisations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Judge every encoder under these too, separated by commas: mean-std, two-sigma, min-max, percentiles, "
+            "window, scale, raw, imagenet; or all.",
+        ),
+    ] = None,
     batch_size: BatchSize = None,
     workers: Annotated[int, typer.Option(min=-1, help="Processes that read ahead; -1 chooses.")] = -1,
     device: Device = "auto",
@@ -213,6 +225,8 @@ def bench(
         "seed": seed,
         "folds": None if folds is None else parse_folds(folds),
         "controls": controls,
+        "means": band_means,
+        "normalisations": normalisations.split(",") if normalisations else (),
         "recipe": recipe,
         "overrides": with_mpp(overrides, mpp, "data."),
         "batch_size": batch_size,
@@ -358,7 +372,9 @@ def report(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="recipes, objectives, models, domains, methods or tasks.")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="recipes, objectives, models, domains, sensors, methods or tasks.")],
+) -> None:
     """Show what there is to choose from."""
     from fmsuite.commands.catalogue import catalogue
 

@@ -26,7 +26,8 @@ EncoderName = Annotated[
     typer.Option(
         "--encoder",
         "-e",
-        help="A run folder, a file, timm:NAME[@FILE], hf-hub:NAME; controls: untrained:X of any X, histogram.",
+        help="A run folder, a file, timm:NAME[@FILE], hf-hub:NAME; controls: untrained:X of any X, histogram, "
+        "band_means.",
     ),
 ]
 Shots = Annotated[str, typer.Option(help="Labelled items a class, separated by commas.")]

@@ -59,11 +59,13 @@ def show_results(results: Results) -> None:
     heading = "shots or share" if several else "shots"
     table = Table("encoder", "method", heading, results.primary.replace("_", " "), box=None, pad_edge=False)
     for e in results.evaluations:
-        value = of(e, results.primary)
+        metric = results.primary if results.primary in e.metrics else next(iter(e.metrics), results.primary)
+        value = of(e, metric)
+        other = "" if metric == results.primary else f" {metric}"
         interval = "" if value.low is None or value.high is None else f" ({value.low:.3f}-{value.high:.3f})"
         method = f"{e.method}, shuffled labels" if e.shuffled else e.method
         shots = shots_name(e.shots) if e.fraction is None else f"{e.fraction:.3g} of the groups"
-        table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}")
+        table.add_row(escape(e.encoder), method, shots, f"{value.mean:.3f}{interval}{other}")
     out_console.print(table)
 
 

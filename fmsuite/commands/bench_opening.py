@@ -9,24 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fmsuite.commands.bench_jobs import (
     FEWSHOT,
 )
 from fmsuite.commands.comparison import Start, open_out, short_names
-from fmsuite.commands.contenders import Contender, contenders, embed_all, has_features
+from fmsuite.commands.contenders import Contender, Means, contenders, embed_all, has_features, variants
 from fmsuite.commands.labelled_windows import LabelledWindows, asked_options, with_labels_file
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, parts_of
+from fmsuite.core.data.grouping import group_codes
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.evaluation.folds import Asked, Folds, check_folds
+from fmsuite.core.evaluation.normalisations import TRAINED, check_names
 from fmsuite.core.evaluation.results import Evaluation
 from fmsuite.core.evaluation.statistics import MIN_GROUPS, describe
 from fmsuite.core.evaluation.tiles import SHUFFLED_INTERVAL
+from fmsuite.core.evaluation.value_statistics import ValueSample
 from fmsuite.core.features import FeatureStore
+from fmsuite.core.reports.wording import counted, plural
 from fmsuite.core.training.precision import choose_device
-from fmsuite.domains.base import Domain, Progress
+from fmsuite.domains.base import Domain, Progress, Units
 from fmsuite.errors import UsageError, nearest
 from fmsuite.tiling.parts import discard_parts
 
@@ -49,13 +57,59 @@ class Opened:
     """Of embedding."""
 
     def embedded(
-        self, index: SampleIndex, out: Path, controls: bool, command: Sequence[str]
-    ) -> tuple[list[Contender], list[FeatureStore]]:
-        found = contenders(self.models, self.plugin.input_spec(index), controls)
+        self,
+        index: SampleIndex,
+        out: Path,
+        controls: bool,
+        means: Means,
+        normalisations: Sequence[str],
+        learned: Learned,
+        command: Sequence[str],
+    ) -> tuple[list[Contender], list[FeatureStore], list[str]]:
+        """
+        Args:
+            learned: the windows that values are taken from, where encoders are normalised otherwise.
+
+        Returns:
+            Who takes part, their features, and sentences on normalisations that do not apply.
+        """
+        spec = self.plugin.input_spec(index)
+        found = contenders(self.models, spec, controls, means)
         reader = open_reader(self.plugin, index)
+        notes: list[str] = []
+        if set(normalisations) - {TRAINED}:
+            sample = ValueSample.of(index, learned.rows.tolist(), reader, spec, learned.called)
+            more, notes = variants(found, normalisations, sample)
+            notes.append(
+                f"Other normalisations than the encoders' own take their statistics from {sample.said}, without labels."
+            )
+            found += more
         stores = embed_all(found, index, reader, out, skipped=self.skipped, command=command, **self.options)
         discard_parts(self.parts)
-        return found, stores
+        return found, stores, notes
+
+
+def learned_from(all_of: Sequence[LabelledWindows], unit: str) -> Learned:
+    """The windows that nobody asks about; with folds, or where somebody asks about each, all of them."""
+    asked = {row for windows in all_of for row in windows.rows_of(windows.split.test).tolist()}
+    every = sorted({row for windows in all_of for row in windows.rows_of(windows.split.train).tolist()} | asked)
+    rest = [row for row in every if row not in asked]
+    if rest:
+        return Learned(torch.tensor(rest), f"training {plural(unit)}")
+    return Learned(torch.tensor(every), f"{plural(unit)}, those included that are asked")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Windows that statistics may be taken from.
+
+    Attributes:
+        rows: (N,) int64 of the index, ascending.
+        called: what they are, in the plural.
+    """
+
+    rows: Tensor
+    called: str
 
 
 def open_bench(
@@ -94,7 +148,9 @@ def check(
     episodes: int,
     batch_size: int | None,
     folds: Asked | None,
+    normalisations: Sequence[str],
 ) -> None:
+    check_names(normalisations)
     if folds is not None:
         check_folds(folds)
     if not encoders:
@@ -127,6 +183,44 @@ def intervals(evaluations: Sequence[Evaluation], kind: str = "classes") -> str:
 def folds_of(windows: LabelledWindows) -> int | None:
     """How many folds there are; ``None`` of a single split."""
     return len(windows.split.parts) if isinstance(windows.split, Folds) else None
+
+
+def kept_apart(windows: LabelledWindows, units: Units) -> str:
+    """One or two sentences on what a group is, none of which is both learned from and asked about; and on sources that
+    are."""
+    metadata = windows.index.metadata
+    blocks, places = metadata.get("blocks"), metadata.get("places") or {}
+    if blocks:
+        what = f"squares of the ground of {blocks['metres']:g} m (spatial blocks)"
+        near = f", or nearer to them than {blocks['margin']:g} m," if blocks.get("margin") else ""
+        number = int(blocks["left_out"])
+        left = f"{counted(number, units.window)} across their borders{near} {'was' if number == 1 else 'were'} left out"
+        said = f"Kept apart: {what}; {left}."
+    elif places:
+        file = Path(str(places.get("file", "the places"))).name
+        what = f"the polygons, or the groups, of {file}"
+        if not places.get("grouped"):
+            what = f"the points of {file}, but for those whose {plural(units.window)} share pixels"
+        said = f"Kept apart: {what}."
+    else:
+        said = f"Kept apart: {plural(units.group)}."
+    divided = _divided(windows)
+    if divided:
+        whose = f"{counted(divided, units.source)} {'has' if divided == 1 else 'have'}"
+        said += f" {whose} {plural(units.window)} that are learned from beside others that are asked."
+    return said
+
+
+def _divided(windows: LabelledWindows) -> int:
+    """How many sources are on both sides of the split; with folds, how many are of several groups."""
+    _, code = group_codes(windows.index, "source")
+    if isinstance(windows.split, Folds):
+        rows = windows.rows_of(windows.split.test).numpy()
+        _, group = group_codes(windows.index, "group")
+        pairs = np.unique(np.stack([code[rows], group[rows]]), axis=1)
+        return int((np.unique(pairs[0], return_counts=True)[1] > 1).sum())
+    learned, asked = (windows.rows_of(side).numpy() for side in (windows.split.train, windows.split.test))
+    return len(np.intersect1d(code[learned], code[asked]))
 
 
 def said_of_folds(windows: LabelledWindows) -> list[str]:

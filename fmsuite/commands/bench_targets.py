@@ -16,6 +16,7 @@ from fmsuite.commands.bench_jobs import (
     class_jobs,
     judged,
     mean_control,
+    primary_of_classes,
     shots_of,
     target_jobs,
     title,
@@ -26,11 +27,14 @@ from fmsuite.commands.bench_opening import (
     folds_of,
     inputs_of,
     intervals,
+    kept_apart,
+    learned_from,
     open_bench,
     said_of_folds,
     shared_controls,
 )
 from fmsuite.commands.comparison import Compared, leave
+from fmsuite.commands.contenders import Means
 from fmsuite.commands.labelled_windows import named
 from fmsuite.commands.target_items import By, TargetItems
 from fmsuite.commands.targets import OPTION, Target, parse, read_columns
@@ -72,6 +76,8 @@ def bench_targets(
     seed: int = 0,
     folds: Asked | None = None,
     controls: bool = True,
+    means: Means = "auto",
+    normalisations: Sequence[str] = (),
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     batch_size: int | None = None,
@@ -97,7 +103,7 @@ def bench_targets(
         FmsuiteError: as ``bench``.
     """
     known_tasks = list(dict.fromkeys(name for target in targets for name in PROBES[target.kind]))
-    check(encoders, tasks, known_tasks, shots, episodes, batch_size, folds)
+    check(encoders, tasks, known_tasks, shots, episodes, batch_size, folds, normalisations)
     _check_targets(targets, tasks, by)
     shares = check_fractions(fractions)
     opened = open_bench(domain, encoders, data, out, recipe, overrides, strict, device, progress, batch_size, workers)
@@ -111,7 +117,8 @@ def bench_targets(
             whole, target, values, known, by=by, seed=seed, units=plugin.units, folds=folds
         )
         log.info("%s: %s", target.name, asked[target].said)
-    found, stores = opened.embedded(whole, out, controls, command)
+    learned = learned_from(list(asked.values()), plugin.units.window)
+    found, stores, of_values = opened.embedded(whole, out, controls, means, normalisations, learned, command)
     stored = [store.read_all()[1] for store in stores]
     compared = []
     for target, items in asked.items():
@@ -141,24 +148,31 @@ def bench_targets(
             target=target.kind,
             classes=items.classes,
             items=items.items(),
-            split=items.said,
+            split=f"{items.said} {kept_apart(items, plugin.units)}",
             folds=folds_of(items),
             encoders=facts,
             methods={e.method: title(e.method, target.kind) for e in evaluations},
-            primary={"classes": "balanced_accuracy", "number": numbers.PRIMARY, "findings": findings.PRIMARY}[
-                target.kind
-            ],
+            primary={
+                "classes": primary_of_classes(evaluations),
+                "number": numbers.PRIMARY,
+                "findings": findings.PRIMARY,
+            }[target.kind],
             interval=intervals(evaluations, target.kind),
             evaluations=evaluations,
             notes=[
                 *items.notes,
                 *notes,
                 *said_of_folds(items),
+                *of_values,
                 *_said_of_shares(items, drawn),
                 *shared_controls(found),
             ],
             facts=opened.start.facts(
-                command, seed, whole.hash, inputs_of(opened.paths, whole.hash, whole.metadata, opened.models, labels)
+                command,
+                seed,
+                whole.hash,
+                inputs_of(opened.paths, whole.hash, whole.metadata, opened.models, labels),
+                {contender.name: contender.embedder.normalisation for contender in found},
             ),
         )
         compared.append(leave(out / target.name, results, exhibits, skipped))

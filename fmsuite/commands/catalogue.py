@@ -12,9 +12,12 @@ from fmsuite.core.backbones.config import VIT_SIZES
 from fmsuite.core.evaluation.classifiers import CLASSIFIERS
 from fmsuite.core.evaluation.findings import FINDINGS_TASKS
 from fmsuite.core.evaluation.numbers import CONSTANT, NUMBER_TASKS
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
+from fmsuite.core.evaluation.retrieval import TITLE as RETRIEVAL_TITLE
 from fmsuite.core.evaluation.tiles import TASKS
 from fmsuite.core.objectives.base import OBJECTIVES, Objective
 from fmsuite.domains.base import domain_names, load_domain
+from fmsuite.domains.remote_sensing.sensors import SENSORS
 from fmsuite.errors import UsageError, nearest
 
 Row = tuple[str, ...]
@@ -24,8 +27,8 @@ def catalogue(what: str) -> tuple[Row, list[Row]]:
     """Headings and rows.
 
     Args:
-        what: ``recipes``, ``objectives``, ``models``, ``domains``, ``methods`` (few-shot classification) or ``tasks``
-            (benchmarks).
+        what: ``recipes``, ``objectives``, ``models``, ``domains``, ``sensors`` (remote sensing), ``methods``
+            (few-shot classification) or ``tasks`` (benchmarks).
 
     Raises:
         UsageError: for anything else.
@@ -35,6 +38,7 @@ def catalogue(what: str) -> tuple[Row, list[Row]]:
         "objectives": _objectives,
         "models": _models,
         "domains": _domains,
+        "sensors": _sensors,
         "methods": _methods,
         "tasks": _tasks,
     }
@@ -92,12 +96,20 @@ def _domains() -> tuple[Row, list[Row]]:
     return ("domain", "default recipe", "what it is"), rows
 
 
+def _sensors() -> tuple[Row, list[Row]]:
+    rows: list[Row] = []
+    for name, sensor in SENSORS.items():
+        rows.append((name, " ".join(sensor.band_names) or "those of the file", sensor.title))
+    return ("sensor", "bands", "what it is"), rows
+
+
 def _methods() -> tuple[Row, list[Row]]:
     return ("method", "what it is"), [(name, classifier.title) for name, classifier in CLASSIFIERS.items()]
 
 
 def _tasks() -> tuple[Row, list[Row]]:
     rows: list[Row] = [(name, task.title) for name, task in TASKS.items()]
+    rows.append((RETRIEVAL, RETRIEVAL_TITLE))
     rows.append((FEWSHOT, f"Few-shot curves: {CLASSIFIERS[FEWSHOT_METHOD].title}"))
     rows += [(f"{name} (--regress)", task.title) for name, task in NUMBER_TASKS.items() if name != CONSTANT]
     rows += [(f"{name} (--findings)", task.title) for name, task in FINDINGS_TASKS.items()]

@@ -56,7 +56,12 @@ class Start:
     clock: float = field(default_factory=time.monotonic)
 
     def facts(
-        self, command: Sequence[str], seed: int, index_hash: str, inputs: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        seed: int,
+        index_hash: str,
+        inputs: Mapping[str, str] | None = None,
+        normalisations: Mapping[str, str] | None = None,
     ) -> Facts:
         """How to repeat what was begun here and ends now.
 
@@ -64,6 +69,7 @@ class Start:
             command: the command line; this process's own if empty.
             index_hash: ``SampleIndex.hash`` of the windows; several are joined with a comma.
             inputs: path as given to a hash, of stores, labels and the like.
+            normalisations: by encoder one sentence.
         """
         return Facts(
             command=list(command) or list(sys.argv),
@@ -75,6 +81,7 @@ class Start:
             platform=platform.platform(),
             index_hash=index_hash,
             inputs=dict(inputs or {}),
+            normalisations=dict(normalisations or {}),
         )
 
 

@@ -12,14 +12,16 @@ import torch
 
 from fmsuite.commands.comparison import file_name
 from fmsuite.commands.embed import data_as_seen
-from fmsuite.core.controls import Histogram, untrained
+from fmsuite.core.controls import BandMeans, Histogram, untrained
 from fmsuite.core.data.grouping import default_by
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.reader import Reader
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.embedding import DEFAULT_BATCH_SIZE, Embedder, embed, store_facts
 from fmsuite.core.encoders import Encoder, description
+from fmsuite.core.evaluation.renormalised import renormalised
 from fmsuite.core.evaluation.results import EncoderFacts
+from fmsuite.core.evaluation.value_statistics import ValueSample
 from fmsuite.core.features import FeatureStore
 from fmsuite.core.inputs import InputSpec
 from fmsuite.core.store_root import read_facts
@@ -30,6 +32,9 @@ from fmsuite.errors import FmsuiteError, UsageError
 
 FEATURES = "features"
 HISTOGRAM = "histogram"
+BAND_MEANS = "band means"
+FEW_CHANNELS = 3
+"""Channels beyond which their means are a control of their own: a spectrum tells more than a colour."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,14 @@ class Contender:
     Attributes:
         name: unique among all.
         of: names of the encoders that an untrained network is the control of.
+        variant_of: the encoder that this is under another normalisation, and which.
     """
 
     name: str
-    kind: Literal["encoder", "untrained", "histogram"]
+    kind: Literal["encoder", "untrained", "histogram", "means", "normalised"]
     embedder: Embedder
     of: tuple[str, ...] = ()
+    variant_of: tuple[str, str] | None = None
 
     @property
     def facts(self) -> EncoderFacts:
@@ -59,19 +66,30 @@ class Contender:
             pooling=self.embedder.pooling,
             provenance=provenance,
             control_of=self.of[0] if self.of else None,
+            variant_of=self.variant_of[0] if self.variant_of else None,
+            normalisation=self.variant_of[1] if self.variant_of else None,
         )
 
     def store(self, out: Path) -> Path:
-        """Where its features are kept."""
-        return out / FEATURES / f"{file_name(self.name)}.zarr"
+        """Where its features are kept. Another split gives other statistics to normalise with, and so another store."""
+        name = file_name(self.name)
+        return out / FEATURES / (f"{name}-{self.embedder.identity[:8]}.zarr" if self.variant_of else f"{name}.zarr")
 
 
-def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool) -> list[Contender]:
-    """The encoders in their order, then for each architecture the same untrained, then the histogram.
+Means = Literal["auto", "mean", "mean+std", "none"]
+"""Whether the means of the channels are a control; ``auto``: where there are more than three."""
+
+
+def contenders(
+    encoders: Mapping[str, Encoder], data: InputSpec, controls: bool, means: Means = "auto"
+) -> list[Contender]:
+    """The encoders in their order, then for each architecture the same untrained, then the histogram, then the means of
+    the channels.
 
     Args:
         encoders: by name.
         data: the input that the domain yields.
+        means: taken as asked for whatever ``controls`` says.
 
     Raises:
         UsageError: naming an encoder that the data do not fit.
@@ -88,8 +106,40 @@ def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool)
             ) from error
     encoders = fitted
     found = [Contender(name, "encoder", encoder) for name, encoder in encoders.items()]
-    if not controls:
-        return found
+    if controls:
+        found += _controls(encoders, data, found)
+    if means in ("mean", "mean+std") or (means == "auto" and controls and data.in_chans > FEW_CHANNELS):
+        found.append(Contender(_free(BAND_MEANS, found), "means", BandMeans(data, means == "mean+std")))
+    return found
+
+
+def variants(
+    found: Sequence[Contender], names: Sequence[str], sample: ValueSample
+) -> tuple[list[Contender], list[str]]:
+    """Each encoder among the contenders under other normalisations, and sentences on those that do not apply.
+
+    Args:
+        names: as of ``renormalised``.
+
+    Raises:
+        UsageError: as ``renormalised``.
+    """
+    made: list[Contender] = []
+    notes = []
+    encoders = [
+        (one.name, one.embedder) for one in found if isinstance(one.embedder, Encoder) and one.kind == "encoder"
+    ]
+    for name, encoder in encoders:
+        under, left_out = renormalised(encoder, name, names, sample)
+        for key, embedder in under.items():
+            called = _free(f"{name}, {key}", [*found, *made])
+            made.append(Contender(called, "normalised", embedder, variant_of=(name, key)))
+        notes += left_out
+    return made, notes
+
+
+def _controls(encoders: Mapping[str, Encoder], data: InputSpec, given: Sequence[Contender]) -> list[Contender]:
+    found = list(given)
     alike: dict[str, list[str]] = {}
     for name, encoder in encoders.items():
         shape = json.dumps(description(encoder.backbone, encoder.spec, encoder.pooling), sort_keys=True)
@@ -98,7 +148,7 @@ def contenders(encoders: Mapping[str, Encoder], data: InputSpec, controls: bool)
         name = _free(f"untrained {names[0]}", found)
         found.append(Contender(name, "untrained", untrained(encoders[names[0]]), tuple(names)))
     found.append(Contender(_free(HISTOGRAM, found), "histogram", Histogram(data)))
-    return found
+    return found[len(given) :]
 
 
 def _free(name: str, found: Sequence[Contender]) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index
-from fmsuite.core.controls import Histogram
+from fmsuite.core.controls import BandMeans, Histogram
 from fmsuite.core.data.grouping import By, default_by
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
@@ -30,7 +30,8 @@ from fmsuite.errors import UsageError
 log = logging.getLogger("fmsuite")
 STORE_NAME = "features.zarr"
 HISTOGRAM = "histogram"
-"""In place of an encoder: the histogram of each channel, a control."""
+BAND_MEANS = "band_means"
+"""In place of an encoder: the histogram, or the mean, of each channel, a control."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def embed(
     Beside ``NAME.zarr`` lies ``NAME.skipped.csv``: several stores, and the index with its own, can share a folder.
 
     Args:
-        encoder: anything ``setup.open_encoder`` opens, or ``histogram``.
+        encoder: anything ``setup.open_encoder`` opens, ``histogram`` or ``band_means``.
         index: the ``.parquet`` file, or the folder of an ``index.parquet``.
         out: the store, a folder ``*.zarr``; another folder gets it as ``features.zarr``.
         by: what a group is (``grouping.group_codes``); ``grouping.default_by`` if not given.
@@ -135,11 +136,13 @@ def embed(
         return Embedded(path, len(store.stored()), store.windows(), skipped.summary())
 
 
-def _embedder(what: str, data: InputSpec, channels: Sequence[str] | None, pooling: str | None) -> Encoder | Histogram:
-    if what == HISTOGRAM:
+def _embedder(
+    what: str, data: InputSpec, channels: Sequence[str] | None, pooling: str | None
+) -> Encoder | Histogram | BandMeans:
+    if what in (HISTOGRAM, BAND_MEANS):
         if channels or pooling:
-            raise UsageError("The histogram takes all channels and has no pooling.", "Leave these options out.")
-        return Histogram(data)
+            raise UsageError(f"The control {what} takes all channels and has no pooling.", "Leave these options out.")
+        return Histogram(data) if what == HISTOGRAM else BandMeans(data)
     model = open_encoder(what, channels=channels, pooling=pooling)
     model = model.fitted(data) if channels is None else seeing_dates(model, data)
     model.check_input(data_as_seen(data, model))

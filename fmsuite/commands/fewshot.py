@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ DEFAULT_SHOTS = (1, 2, 4, 8, 16, 32)
 ALL = "all"
 CURVE = "mi_simpleshot"
 """Whose control has every number of shots."""
+KINDS: dict[str, Literal["untrained", "histogram", "means"]] = {
+    "untrained": "untrained",
+    "histogram": "histogram",
+    "band_means": "means",
+}
+"""Of an encoder, by what its provenance says it is the control by."""
 TOO_DEAR = frozenset({"abmil"})
 """Methods that get no control: they are trained anew in every episode."""
 
@@ -123,7 +130,9 @@ def fewshot(
         interval=describe(),
         evaluations=evaluations,
         notes=[*cohort.notes, *plan.notes, *_differing_sizes(sizes, names, cohort.unit)],
-        facts=start.facts(command, seed, stores[0].facts.index_hash, _inputs(stores, labels)),
+        facts=start.facts(
+            command, seed, stores[0].facts.index_hash, _inputs(stores, labels), _normalisations(stores, names)
+        ),
     )
     return leave(out, results, exhibits, skipped)
 
@@ -261,13 +270,19 @@ def _encoder_facts(
     owner = next((n for s, n in zip(stores, names, strict=True) if control and s.facts.identity == of), None)
     return EncoderFacts(
         name=name,
-        kind=control if control in ("untrained", "histogram") else "encoder",
+        kind=KINDS.get(str(control), "encoder"),
         identity=facts.identity,
         dim=facts.dim,
         pooling=facts.pooling,
         provenance=facts.provenance,
         control_of=owner,
     )
+
+
+def _normalisations(stores: Sequence[FeatureStore], names: Sequence[str]) -> dict[str, str]:
+    """As the stores have it."""
+    unknown = "Not known: the store was made by a version that did not keep it."
+    return {name: store.facts.normalisation or unknown for store, name in zip(stores, names, strict=True)}
 
 
 def _differing_sizes(sizes: Sequence[Tensor], names: Sequence[str], unit: str) -> list[str]:

@@ -29,7 +29,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
-from fmsuite.core.evaluation.cases import Arm, FinetuneResults, TunedRun
+from fmsuite.core.evaluation.cases import DENSE, Arm, FinetuneResults, TunedRun
 from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.lock import WriterLock
 from fmsuite.core.seeding import derive
@@ -240,6 +240,7 @@ def _points(setup: Setup) -> Points:
         list(dict.fromkeys(case.sources[0] for case in data.cases if case.group in train)),
         config.label_map,
         len(data.classes),
+        len(data.domain.input_spec(data.index).axes),
         derive(config.seed, "points"),
         setup.skipped,
         setup.progress,
@@ -280,7 +281,7 @@ def _judge(setup: Setup, plan: RunPlan) -> TunedRun:
         seconds=made["seconds"],
         cases=[],
     )
-    if config.task_name == "segmentation":
+    if config.task_name in DENSE:
         write = setup.out / PREDICTIONS / plan.folder.relative_to("runs") if config.judge.write else None
         scores, run.failed = judge_scenes(config, data, network, numbers, device, setup.skipped, write, shown)
         run.cases = [number for number in numbers if number in scores]

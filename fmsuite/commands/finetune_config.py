@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fmsuite.core.adaptation.task import TASKS, TaskConfig
 from fmsuite.core.adaptation.tuning import TuningOptions
 from fmsuite.core.config import validate
-from fmsuite.core.evaluation.cases import TaskName
+from fmsuite.core.evaluation.cases import DENSE, TaskName
 from fmsuite.core.training.config import OptimConfig, Section, TrainingConfig
 from fmsuite.domains.base import DomainOptions, load_domain
 
@@ -67,7 +67,8 @@ class JudgeOptions(Section):
         overlap, blend, batch: of the windows that go over a whole source; see ``sliding_window``. ``batch`` is also
             how many windows the other tasks are asked at a time.
         tolerance: of the normalised surface distance, in the input's unit of length.
-        metrics: of a segmentation.
+        metrics: of a segmentation: ``dice``, ``nsd`` and ``hd95`` are means over the cases, ``iou``, ``f1``,
+            ``precision`` and ``recall`` are of all cases' samples together.
         by: of the other tasks, what the mean of the windows' answers stands for.
         replicates, confidence: of the bootstrap intervals.
         write: keep the predictions: label maps in the sources' own format.
@@ -77,7 +78,7 @@ class JudgeOptions(Section):
     blend: Literal["gaussian", "constant"] = "gaussian"
     batch: int = Field(default=4, ge=1)
     tolerance: float = Field(default=1.0, ge=0)
-    metrics: tuple[Literal["dice", "iou", "nsd", "hd95"], ...] = ("dice", "nsd", "hd95")
+    metrics: tuple[Literal["dice", "nsd", "hd95", "iou", "f1", "precision", "recall"], ...] = ("dice", "nsd", "hd95")
     by: Literal["source", "group"] = "source"
     replicates: int = Field(default=1000, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
@@ -159,8 +160,8 @@ class FinetuneConfig(Section):
 
     @property
     def label_map(self) -> str | None:
-        """Of a segmentation."""
-        return self.task.get("label_map") if self.task_name == "segmentation" else None
+        """Of a task that is learned from one."""
+        return self.task.get("label_map") if self.task_name in DENSE else None
 
     @property
     def _tune(self) -> str:
@@ -197,4 +198,5 @@ FROM_CLASSES = {
     "multilabel": "labels",
     "regression": "outputs",
     "segmentation": "classes",
+    "change": "classes",
 }

@@ -20,7 +20,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.pairs import read_targets
 from fmsuite.core.data.sample import Array
 from fmsuite.core.data.skipped import SkippedLog
-from fmsuite.core.evaluation.cases import Case
+from fmsuite.core.evaluation.cases import DENSE, Case
 from fmsuite.core.evaluation.fractions import bins_of
 from fmsuite.core.evaluation.sides import first_share, fold_sides, spread_order
 from fmsuite.core.evaluation.splits import TEST, TRAIN
@@ -67,7 +67,7 @@ class TaskData:
         cases: what can be judged; a fold judges those whose group it holds out.
         rows_of_case: rows of the index.
         kinds: (N, C) bool, what sides and fractions are to be alike in: classes, labels, quantiles of a number.
-        truth: (cases,) int64 class numbers, or (cases, D) as ``targets``; ``None`` of a segmentation.
+        truth: (cases,) int64 class numbers, or (cases, D) as ``targets``; ``None`` of label maps.
         folds: at least one.
         said: one sentence on the split.
         notes: what was left out, in sentences.
@@ -120,7 +120,7 @@ def collect(
         values = None if values is None else values[on_side]
     numbered = NumberedIndex(index, classes if config.task_name == "classification" else index.label_names)
     groups = [str(group) for group in _column(index, "group")]
-    by = "source" if config.task_name == "segmentation" else config.judge.by
+    by = "source" if config.task_name in DENSE else config.judge.by
     codes = numbered.label_codes if config.task_name == "classification" else None
     lowest = 0.0 if config.task_name == "multilabel" else -np.inf
     parted = config.task_name == "segmentation"
@@ -142,7 +142,7 @@ def _targets(
     """The rows that take part, their (N, D) numbers if the task has such, and the names of its classes."""
     labels = _column(whole, "label")
     everything = np.arange(len(whole))
-    if config.task_name == "segmentation":
+    if config.task_name in DENSE:
         return everything, None, config.classes
     if table is not None:
         found = read_targets(table, config.classes)

@@ -22,7 +22,7 @@ from fmsuite.commands.finetune_config import (
 from fmsuite.core.adaptation.task import TASKS
 from fmsuite.core.adaptation.tuning import Tune
 from fmsuite.core.config import apply_overrides, read_yaml, validate
-from fmsuite.core.evaluation.cases import OVERALL
+from fmsuite.core.evaluation.cases import DENSE, OVERALL
 from fmsuite.core.training.config import OptimConfig
 from fmsuite.errors import UsageError, nearest
 
@@ -114,12 +114,12 @@ def parse_finetune(raw: Mapping[str, Any], origin: str) -> FinetuneConfig:
     if OVERALL in classes:
         raise UsageError(f"{origin}: a class cannot be called '{OVERALL}'.", "Results call the mean over all so.")
     _check_task(name, task, classes, raw.get("targets"), origin)
-    if name == "segmentation":
+    if name in DENSE:
         task["label_map"] = task.pop("map", None) or "label"
         task.setdefault("scale", (1.0, 1.0))
     sources = raw["sources"]
     training = validate(Training, _section(raw, "training", origin), "training", origin)
-    if training.foreground and name != "segmentation":
+    if training.foreground and name not in DENSE:
         raise UsageError(f"{origin}: training.foreground has no effect on a {name}.", "Remove it.")
     config = FinetuneConfig(
         domain=str(raw["domain"]),
@@ -148,7 +148,7 @@ def parse_finetune(raw: Mapping[str, Any], origin: str) -> FinetuneConfig:
 def _check_task(name: str, task: Mapping[str, Any], classes: Sequence[str], targets: object, origin: str) -> None:
     if (own := FROM_CLASSES[name]) in task and own != "classes":
         raise UsageError(f"{origin}: task.{own} follows from task.classes.", "Name them there.")
-    if name == "segmentation" and len(classes) < 2:
+    if name in DENSE and len(classes) < 2:
         raise UsageError(
             f"{origin}: task.classes must name the values of the label map from 0 on, the background included.",
             "Such as [background, tumour].",
@@ -161,9 +161,9 @@ def _check_task(name: str, task: Mapping[str, Any], classes: Sequence[str], targ
         )
     if name == "regression" and targets and not classes:
         raise UsageError(f"{origin}: which columns of 'targets' are to be predicted?", "Name them in task.classes.")
-    if targets and name in ("segmentation", "classification"):
+    if targets and name in (*DENSE, "classification"):
         raise UsageError(f"{origin}: 'targets' has no effect on a {name}.", "Remove it.")
-    if "map" in task and name != "segmentation":
+    if "map" in task and name not in DENSE:
         raise UsageError(f"{origin}: task.map has no effect on a {name}.", "Remove it.")
     if task.get("scratch"):
         raise UsageError(f"{origin}: the network from scratch is an arm of its own.", "Remove task.scratch.")

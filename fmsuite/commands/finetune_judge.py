@@ -13,18 +13,19 @@ from fmsuite.commands.finetune_config import FinetuneConfig
 from fmsuite.commands.finetune_data import TaskData
 from fmsuite.core.adaptation.network_files import Network
 from fmsuite.core.adaptation.scenes import SceneBox, scene_scores
-from fmsuite.core.adaptation.task import Segmentation
+from fmsuite.core.adaptation.task import Change, Segmentation
+from fmsuite.core.backbones.datewise import one_date
 from fmsuite.core.data.cropped import CroppedScene
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
-from fmsuite.core.data.sample import Array
-from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.sample import Array, ArraySample
+from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.scene_maps import MapKind
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.case_scores import segmentation_scores
-from fmsuite.core.inputs import Normalize
+from fmsuite.core.inputs import InputSpec, Normalize
 from fmsuite.core.reports.case_slices import CaseSlices
 from fmsuite.domains.base import Domain
 from fmsuite.errors import FmsuiteError, ReadFailure, UsageError
@@ -74,6 +75,10 @@ def judge_scenes(
             failed.append(number)
             continue
         ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
+        if isinstance(network.task, Change) and ignore is not None:
+            # Where only one of the dates has data there is nothing to compare, whatever the map says.
+            both = scene.scores_to_native(said.valid[None].astype(np.float32))[0] > 0.5
+            truth = np.where(both, truth, ignore)
         try:
             found[number] = segmentation_scores(
                 predicted,
@@ -189,14 +194,12 @@ def save_panel(
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
     predicted = scores_of(config, network, scene, device).scores.argmax(0)
-    image: Array = whole.values[0].astype(np.float32)
-    if len(scene.size) == 2:
-        image = data.domain.to_rgb(whole.values, network.spec)
-    spacing = whole.spacing or network.spec.spacing or (1.0,) * len(scene.size)
+    image = _picture(whole, network.spec, data.domain, len(scene.size))
+    spacing = (whole.spacing or network.spec.spacing or (1.0,) * len(scene.size))[-len(scene.size) :]
     ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
     slices = CaseSlices.of(
         image,
-        whole.maps[config.label_map],
+        labels_of(scene, whole, config.label_map),
         predicted,
         spacing,
         len(data.classes),
@@ -204,3 +207,13 @@ def save_panel(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     slices.save(path)
+
+
+def _picture(whole: ArraySample, spec: InputSpec, domain: Domain, axes: int) -> Array:
+    """A scene of two axes in colours, another's first channel; of a series, the date of which most is valid, the last
+    of equals."""
+    values = whole.values
+    if values.ndim - 1 > axes:
+        shown = np.ones(values.shape[1]) if whole.valid is None else whole.valid.mean(axis=(0, 2, 3))
+        values, spec = values[:, len(shown) - 1 - int(np.argmax(shown[::-1]))], one_date(spec)
+    return domain.to_rgb(values, spec) if axes == 2 else values[0].astype(np.float32)

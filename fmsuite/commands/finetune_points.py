@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fmsuite.core.data.sample import Array
-from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.seeding import generator
 from fmsuite.domains.base import Domain, Progress
@@ -56,12 +56,16 @@ def foreground_points(
     sources: Sequence[str],
     name: str,
     classes: int,
+    axes: int,
     seed: int,
     skipped: SkippedLog,
     progress: Progress,
 ) -> dict[str, dict[int, Array]]:
     """Middles of labelled samples of each class but the background, ``POINTS`` of each at most, in the coordinates of
     ``Window.position``. A source that cannot be read has none and goes to ``skipped``.
+
+    Args:
+        axes: of a window; along those that a scene does not have, dates, points are at the beginning.
 
     Raises:
         UsageError: for a label that is no class.
@@ -70,7 +74,7 @@ def foreground_points(
     for source in progress(sources, len(sources), "Looking for labels"):
         try:
             scene = scenes(source)
-            labels = scene.read((0,) * len(scene.size), scene.size).maps[name]
+            labels = labels_of(scene, scene.read((0,) * len(scene.size), scene.size), name)
         except ReadFailure as failure:
             skipped.add_failure(failure)
             continue
@@ -87,5 +91,6 @@ def foreground_points(
             where = np.argwhere(labels == label)
             if len(where) > POINTS:
                 where = where[np.sort(draw.choice(len(where), POINTS, replace=False))]
-            found[source][label] = scene.place(where + 0.5)
+            places = scene.place(where + 0.5)
+            found[source][label] = np.pad(places, ((0, 0), (axes - places.shape[1], 0)))
     return found

@@ -18,6 +18,8 @@ from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.evaluation.case_scores import (
+    COUNTS,
+    POOLED_SHORT,
     Values,
     class_values,
     estimates,
@@ -25,8 +27,11 @@ from fmsuite.core.evaluation.case_scores import (
     mean_values,
     metrics_of,
     number_values,
+    pooled_values,
+    together,
 )
-from fmsuite.core.evaluation.cases import PANELS, Arm, Cell, FinetuneResults, Panel, TunedRun
+from fmsuite.core.evaluation.cases import DENSE, PANELS, Arm, Cell, FinetuneResults, Panel, TunedRun
+from fmsuite.core.evaluation.segmentation import CaseCounts
 from fmsuite.core.reports.wording import counted
 from fmsuite.core.seeding import derive
 from fmsuite.core.training.precision import choose_device
@@ -57,7 +62,7 @@ def collect_results(
     if not judged:
         raise UsageError("None of the held-out cases could be judged.", f"See {setup.skipped.path}.")
     units = data.domain.units
-    case_unit = units.group if config.task_name != "segmentation" and config.judge.by == "group" else units.source
+    case_unit = units.group if config.task_name not in DENSE and config.judge.by == "group" else units.source
     cells = _cells(setup, arms, runs, judged, labels)
     notes = [*data.notes, *_notes(setup, arms, failed, case_unit, cells)]
     primary = next(iter(metrics))
@@ -80,20 +85,26 @@ def collect_results(
         fractions=sorted(config.few.fractions),
         runs=list(runs),
         cells=cells,
-        panels=_panels(setup, runs, judged, notes) if config.task_name == "segmentation" else [],
+        panels=_panels(setup, runs, judged, notes) if config.task_name in DENSE else [],
         interval=(
             f"{config.judge.confidence:.0%} percentile bootstrap of held-out {units.group}s, drawn with replacement "
             f"{config.judge.replicates:,} times, of the mean over seeds; differences to the control on the same draws. "
             "They say what other cases to ask would change, not what other cases to train on would."
         ),
         notes=notes,
-        facts=start.facts(command, config.seed, whole.hash, _inputs(config, setup.encoder, whole)),
+        facts=start.facts(
+            command,
+            config.seed,
+            whole.hash,
+            _inputs(config, setup.encoder, whole),
+            {config.encoder: setup.encoder.normalisation},
+        ),
     )
 
 
 def _labels(config: FinetuneConfig, data: TaskData) -> list[str]:
     """What metrics are given for: of a segmentation without the background."""
-    return list(data.classes[1:] if config.task_name == "segmentation" else data.classes)
+    return list(data.classes[1:] if config.task_name in DENSE else data.classes)
 
 
 def _cells(
@@ -127,6 +138,7 @@ def _cells(
 def _values(setup: Setup, runs: Sequence[TunedRun], judged: Sequence[int], labels: Sequence[str]) -> list[Values]:
     """Of each seed, the folds together."""
     config, data = setup.config, setup.data
+    pooled = [name for name in config.judge.metrics if name in POOLED_SHORT]
     found = []
     for seed in config.few.seeds:
         of_case = {}
@@ -139,15 +151,17 @@ def _values(setup: Setup, runs: Sequence[TunedRun], judged: Sequence[int], label
                 )
         if not of_case:
             continue
-        if config.task_name == "segmentation":
+        if config.task_name in DENSE:
             tables: dict[str, torch.Tensor] = {
                 name: torch.tensor(
                     [[np.nan if v is None else v for v in of_case[number][name]] for number in judged],  # type: ignore[call-overload]
                     dtype=torch.float64,
                 )
-                for name in config.judge.metrics
+                for name in (*config.judge.metrics, *(COUNTS if pooled else ()))
             }
-            found.append(mean_values(tables, labels))
+            counts = CaseCounts(*(tables.pop(name) for name in COUNTS)) if pooled else None
+            by_case = mean_values({name: table for name, table in tables.items() if name not in pooled}, labels)
+            found.append(by_case if counts is None else together(by_case, pooled_values(counts, pooled, labels)))
             continue
         outputs = torch.tensor([of_case[number] for number in judged], dtype=torch.float64)
         assert data.truth is not None

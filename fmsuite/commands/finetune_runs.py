@@ -27,6 +27,7 @@ from fmsuite.core.data.sample import Array
 from fmsuite.core.data.sampling import BalancedWindows, RandomWindows, WindowSampler, require_anywhere
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
+from fmsuite.core.evaluation.cases import DENSE
 from fmsuite.core.reports.views import draw_views
 from fmsuite.core.seeding import derive
 from fmsuite.core.training.config import MonitorConfig
@@ -93,7 +94,7 @@ class Setup:
         """
         config = self.config
         fixed: dict[str, Any] = {FROM_CLASSES[config.task_name]: len(self.data.classes)}
-        if config.task_name == "segmentation":
+        if config.task_name in DENSE:
             fixed["size"] = window_size(self.config, self.data)
         if config.task_name == "regression" and "target_mean" not in config.task:
             fixed |= _standard(self.data.targets, self.data.rows_of(groups))

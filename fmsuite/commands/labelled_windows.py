@@ -209,6 +209,14 @@ class LabelledWindows:
             notes=[*self.notes, note],
         )
 
+    def rows_of(self, items: Tensor) -> Tensor:
+        """(N,) rows of the index of some items' windows.
+
+        Args:
+            items: (n,) int64.
+        """
+        return self.rows[items]
+
     def features(self, store: FeatureStore) -> Tensor:
         """(I, D) float32 of the items, in their order."""
         return store.read_all(self.rows.numpy())[0]

@@ -174,6 +174,9 @@ class TargetItems(LabelledWindows):
         """(I, C) bool, what the items are of, for shares that hold all of it."""
         return _kinds(self.kind, self.labels)
 
+    def rows_of(self, items: Tensor) -> Tensor:
+        return self.members[torch.isin(self.item_of, items)]
+
     def features(self, store: FeatureStore) -> Tensor:
         """(I, D) float32 mean over each item's windows."""
         values = store.read_all(self.members.numpy())[0]

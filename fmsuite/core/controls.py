@@ -1,4 +1,5 @@
-"""Controls: what an encoder has to beat. The same network untrained, and the distribution of its input's values."""
+"""Controls: what an encoder has to beat. The same network untrained, the distribution of its input's values, their
+means."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.vit import VisionTransformer
 from fmsuite.core.data.sample import View
 from fmsuite.core.encoders import Encoder
+from fmsuite.core.input_words import DATA, normalisation_sentence, physical_sentence
 from fmsuite.core.inputs import InputSpec, Normalize
 from fmsuite.core.seeding import derive
 from fmsuite.errors import UsageError
@@ -90,6 +92,14 @@ class Histogram(nn.Module):
         """Bins of all channels."""
         return self.spec.in_chans * self.bins
 
+    @property
+    def normalisation(self) -> str:
+        """One sentence on what is counted."""
+        if self.eight_bit:
+            return f"Raw values from 0 to 255, counted in {self.bins} bins; nothing is normalised."
+        counted = f"{self.bins} bins over {-REACH:g} to {REACH:g}"
+        return f"{normalisation_sentence(self.spec, DATA)[:-1]}; counted in {counted}."
+
     @cached_property
     def identity(self) -> str:
         """A hash of the input and the number of bins: equal identities give equal histograms."""
@@ -117,6 +127,73 @@ class Histogram(nn.Module):
         else:
             values, low, high = self.normalize(pixels), -REACH, REACH
         return nn.functional.normalize(channel_histograms(values, self.bins, low, high, view.valid), dim=1)
+
+
+class BandMeans(nn.Module):
+    """The mean of each channel's valid values, and their standard deviation where asked for: an ``Embedder`` that sees
+    one spectrum a window, in physical units (``clip(offset + scale * raw)``).
+
+    A channel without a valid value has the mean that the input names and a deviation of 0, which tells a classifier
+    nothing. A valid value that is not finite makes the vector NaN.
+
+    Args:
+        spec: the input.
+        deviations: also the standard deviations, after all means.
+
+    Raises:
+        UsageError: for a bag of vectors.
+    """
+
+    def __init__(self, spec: InputSpec, deviations: bool = False) -> None:
+        super().__init__()
+        if spec.bag:
+            raise UsageError("Band means are a control for images, not for bags of vectors.", "Leave the control out.")
+        self.spec = spec
+        self.deviations = deviations
+        self.pooling = "mean and standard deviation" if deviations else "mean"
+        flat = tuple(channel.model_copy(update={"mean": 0.0, "std": 1.0}) for channel in spec.channels)
+        self.physical = Normalize(spec.model_copy(update={"channels": flat}))
+        self.register_buffer("usual", torch.tensor([c.mean for c in spec.channels]), persistent=False)
+        self.provenance: dict[str, Any] = {"control": "band_means", "deviations": deviations}
+
+    @property
+    def dim(self) -> int:
+        """Channels, once or twice."""
+        return self.spec.in_chans * (2 if self.deviations else 1)
+
+    @property
+    def normalisation(self) -> str:
+        """One sentence on what is averaged."""
+        return f"{physical_sentence(self.spec)}; averaged over the valid values of each channel."
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the input and of what is taken of it: equal identities give equal vectors."""
+        described = {"band means": self.pooling, "input": self.spec.model_dump(mode="json")}
+        return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @torch.no_grad()
+    def embed(self, view: View) -> Tensor:
+        """(B, C) or (B, 2 C) float32 of raw values, (B, C, *size).
+
+        Raises:
+            UsageError: if the number of channels or axes is not the input's.
+        """
+        pixels = view.pixels
+        if pixels.dim() != 2 + len(self.spec.axes) or pixels.shape[1] != self.spec.in_chans:
+            form = f"(B, {self.spec.in_chans}, {', '.join(self.spec.axes)})"
+            raise UsageError(f"Band means are of {form}, not of an array of shape {tuple(pixels.shape)}.")
+        values = self.physical(pixels).flatten(2).double()
+        valid = torch.ones_like(values, dtype=torch.bool)
+        if view.valid is not None:
+            valid = view.valid.expand(pixels.shape).flatten(2)
+        values = torch.where(valid, values, 0.0)
+        count = valid.sum(2)
+        mean = torch.where(count > 0, values.sum(2) / count.clamp(min=1), self.get_buffer("usual").double())
+        if not self.deviations:
+            return mean.float()
+        squared = torch.where(valid, values - mean[:, :, None], 0.0).square().sum(2)
+        return torch.cat([mean, (squared / count.clamp(min=1)).sqrt()], dim=1).float()
 
 
 def channel_histograms(values: Tensor, bins: int, low: float, high: float, valid: Tensor | None = None) -> Tensor:

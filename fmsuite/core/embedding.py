@@ -81,6 +81,7 @@ def store_facts(
         name=name,
         provenance=dict(embedder.provenance),
         pooling=embedder.pooling,
+        normalisation=embedder.normalisation,
         dim=embedder.dim,
         size=embedder.spec.size,
         axes=embedder.spec.axes,

@@ -46,6 +46,11 @@ class Embedder(Protocol):
     @property
     def provenance(self) -> Mapping[str, Any]: ...
 
+    @property
+    def normalisation(self) -> str:
+        """One sentence on what raw values become before they are looked at."""
+        ...
+
     def to(self, device: torch.device) -> Any:
         """Move to a device, in place."""
         ...

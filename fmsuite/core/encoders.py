@@ -28,6 +28,7 @@ from fmsuite.core.backbones.wavelengths import carry_over
 from fmsuite.core.backbones.weights import read_checkpoint, recognise, unwrap
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import View
+from fmsuite.core.input_words import OWN, normalisation_sentence
 from fmsuite.core.inputs import Channel, InputSpec, Normalize
 from fmsuite.core.plugins import load_plugin
 from fmsuite.core.weight_files import METADATA_KEY, contiguous, write_weights
@@ -73,6 +74,14 @@ class Encoder(nn.Module):
     def identity(self) -> str:
         """A hash of weights, shape, input and pooling: equal identities give equal embeddings."""
         return identity(self.backbone.state_dict(), description(self.backbone, self.spec, self.pooling))
+
+    @property
+    def normalisation(self) -> str:
+        """One sentence on what raw values become, and whose mean and standard deviation it is."""
+        before = self.provenance.get("channels_before") or self.spec.channel_names
+        new = [name for name in self.spec.channel_names if name not in before]
+        whose = f"{OWN}; the data's of {', '.join(new)}, which it was not trained on" if new else OWN
+        return normalisation_sentence(self.spec, whose)
 
     def normalized(self, pixels: Tensor | View) -> View:
         """Raw values, alone or as a view, as the backbone takes them."""
@@ -152,7 +161,8 @@ class Encoder(nn.Module):
             UsageError: listing every difference and the way out.
         """
         mine = self.spec
-        if isinstance(self.backbone, VisionTransformer) and self.backbone.config.position_units == "physical":
+        plain = self.backbone.single if isinstance(self.backbone, Datewise) else self.backbone
+        if isinstance(plain, VisionTransformer) and plain.config.position_units == "physical":
             mine = mine.model_copy(update={"spacing": None})
         differences = mine.differences(spec)
         if differences:

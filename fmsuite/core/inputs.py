@@ -140,7 +140,8 @@ class InputSpec(BaseModel):
         scale, offset, clip: raw value ``v`` becomes ``clip(offset + scale * v)`` before mean and std apply
             (``1/255`` for 8-bit images; a Hounsfield window; a reflectance quantification), in channels that have no
             quantification of their own.
-        spacing: physical length of a sample along each axis of ``size``, in ``spacing_unit``; ``None`` where unknown.
+        spacing: physical length of a sample along each axis of ``size``, in ``spacing_unit``; ``None`` where unknown,
+            or, with a unit other than ``px``, where each sample has its own (``View.spacing``).
         orientation: the directions in which voxel axes grow, for volumes (``"RAS"``).
         bag: the input is (N, D) vectors at ``axes`` coordinates rather than a grid; ``size`` is then empty.
         reading: what is done to an image before its values are raw; ``None`` where nothing is, or it is not known.

@@ -33,6 +33,7 @@ class StoreFacts(BaseModel):
         name: the encoder as the user called it.
         provenance: the encoder's own.
         pooling: how tokens became one vector.
+        normalisation: one sentence on what raw values became; empty in stores that were made before it was kept.
         dim: D.
         size, axes: the encoder's input.
         index_hash: ``SampleIndex.hash``.
@@ -52,6 +53,7 @@ class StoreFacts(BaseModel):
     name: str
     provenance: dict[str, Any] = Field(default_factory=dict)
     pooling: str
+    normalisation: str = ""
     dim: int = Field(ge=1)
     size: tuple[int, ...]
     axes: tuple[str, ...]

@@ -59,6 +59,7 @@ def facts_of(index: SampleIndex, **changes: object) -> StoreFacts:
         identity="abc",
         name="runs/planted",
         pooling="cls",
+        normalisation="Raw values as they are.",
         dim=DIM,
         size=(64, 64),
         axes=("y", "x"),

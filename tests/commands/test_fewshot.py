@@ -102,6 +102,8 @@ def test_results_say_who_what_and_what_was_left_out(compared: Compared, stores: 
     assert any("Shots 32 were left out: class" in note for note in results.notes)
     assert results.facts.inputs == {str(stores[0]): "abc", str(stores[1]): "def"}
     assert results.facts.index_hash == FeatureStore.open(stores[0]).index.hash
+    assert set(results.facts.normalisations) == {"planted", "untrained"}
+    assert results.facts.normalisations["planted"] == "Raw values as they are."
     assert compared.skipped == ""
     clamped = find(results, "planted", "mi_simpleshot", 4).notes
     assert any("fewer than 5 windows" in note for note in clamped)

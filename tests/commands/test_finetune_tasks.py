@@ -13,6 +13,7 @@ from PIL import Image
 
 from fmsuite.commands.finetune import finetune
 from fmsuite.commands.finetune_file import TASK_FILES, read_finetune
+from fmsuite.core.adaptation.network_files import load_network
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.encoders import save_encoder
@@ -87,12 +88,34 @@ def test_classes(place: Path, tmp_path: Path, fmsuite):
         for number, said in zip(run.cases, run.outputs, strict=True)
     ]
     assert cell.scores["accuracy"][OVERALL].mean == pytest.approx(np.mean(right))
+    [said] = results.facts.normalisations.values()
+    assert "the encoder's own" in said
+    assert "What raw values became" in (tmp_path / "report.html").read_text(encoding="utf-8")
     ran = fmsuite("predict", "--model", tmp_path / run.folder, "--out", tmp_path / "new", place / "tiles")
     assert ran.code == 0, ran.text
     with (tmp_path / "new" / "predictions.csv").open() as file:
         said = {Path(row["path"]).name: float(row["dark"]) for row in csv.DictReader(file)}
     for number, shares in zip(run.cases, run.outputs, strict=True):
         assert said[results.cases[number].id] == pytest.approx(shares[0], abs=1e-6)
+
+
+def test_an_encoder_is_given_windows_and_predicts_with_them(place: Path, tmp_path: Path, fmsuite):
+    options = {"name": "classification", "augment": "none", "pooling": "mean", "attention": "rvsa", "rvsa_window": 3}
+    results = finetune(write(place, "windows", task=options), tmp_path).results
+    assert results is not None
+    assert [run.arm for run in results.runs] == ["full", "scratch"]
+    run = results.runs[0]
+    state = load_network(tmp_path / run.folder).task.backbone.state_dict()
+    assert state["blocks.0.attn.angles.weight"].any()
+    ran = fmsuite("predict", "--model", tmp_path / run.folder, "--out", tmp_path / "new", place / "tiles")
+    assert ran.code == 0, ran.text
+    with (tmp_path / "new" / "predictions.csv").open() as file:
+        said = {Path(row["path"]).name: float(row["dark"]) for row in csv.DictReader(file)}
+    for number, shares in zip(run.cases, run.outputs, strict=True):
+        assert said[results.cases[number].id] == pytest.approx(shares[0], abs=1e-6)
+    wrong = write(place, "frozen", task={**options, "tune": "frozen"})
+    with pytest.raises(UsageError, match="nothing of the backbone learns with tune: frozen"):
+        finetune(wrong, tmp_path / "frozen")
 
 
 def test_numbers_from_the_label_column_and_from_a_table(place: Path, tmp_path: Path):

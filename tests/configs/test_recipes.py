@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fmsuite.commands.setup import resolve_run
 from fmsuite.configs import load_recipe, recipes
+from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.build import build_backbone
-from fmsuite.core.inputs import InputSpec, rgb_channels
+from fmsuite.core.backbones.layers import Attention
+from fmsuite.core.backbones.positions import axis_widths
+from fmsuite.core.data.sample import MaskContext, SampleKey
+from fmsuite.core.inputs import Channel, InputSpec, rgb_channels
 from fmsuite.core.objectives.base import Objective, find_objective
 from fmsuite.core.training.optim import OptimSchedules
 from fmsuite.core.training.schedules import run_length
 from fmsuite.domains.base import domain_names
 from fmsuite.domains.medical.options import MedicalOptions
+from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.errors import UsageError
 
 INPUTS = {
@@ -50,6 +56,9 @@ def test_every_recipe_is_accepted_and_its_network_can_be_built(name: str) -> Non
             assert isinstance(config.data, MedicalOptions)
             xray = config.data.modality == "xray"
             spec = INPUTS["xray"] if xray else spec.model_copy(update={"size": config.data.full_size})
+        if recipe.domain == "remote_sensing":
+            assert isinstance(config.data, RemoteSensingOptions)
+            spec = raster(config.data)
         backbone = build_backbone(config.model, spec)
         objective = find_objective(config.objective)(config.objective_options, backbone)
     assert objective.view_requests()
@@ -87,6 +96,16 @@ def built(name: str, spec: InputSpec) -> Objective:
         return find_objective(config.objective)(config.objective_options, build_backbone(config.model, spec))
 
 
+def raster(options: RemoteSensingOptions) -> InputSpec:
+    """A window with the bands and groups that a recipe asks for."""
+    names = options.wanted_bands or options.known_channels
+    channels = tuple(Channel(name=name, group=options.group_of(name)) for name in names)
+    size = (options.size, options.size)
+    if options.series:
+        return InputSpec(axes=("time", "y", "x"), size=(3, *size), channels=channels or rgb_channels())
+    return InputSpec(axes=("y", "x"), size=size, channels=channels or rgb_channels())
+
+
 def volume(size: tuple[int, int, int]) -> InputSpec:
     return INPUTS["medical"].model_copy(update={"size": size})
 
@@ -105,6 +124,64 @@ def test_the_medical_recipes_have_the_published_shapes() -> None:
     swin = built("swin-unetr", volume((96, 96, 96)))
     assert sum(p.numel() for p in swin.backbone.swinViT.parameters()) == pytest.approx(8.06e6, rel=0.01)
     assert swin.view_requests()[0].size == (96, 96, 96)
+
+
+def surveyed(name: str, *overrides: str) -> Objective:
+    config = resolve_run("remote_sensing", name, overrides=overrides)
+    assert isinstance(config.data, RemoteSensingOptions)
+    with torch.device("meta"):
+        backbone = build_backbone(config.model, raster(config.data))
+        return find_objective(config.objective)(config.objective_options, backbone)
+
+
+def test_the_remote_sensing_recipes_have_the_published_shapes() -> None:
+    spectral = surveyed("satmae-spectral")
+    assert (spectral.backbone.width, spectral.backbone.depth) == (1024, 24)
+    assert spectral.grid.shape((96, 96)) == (3, 12, 12)
+    assert spectral.grid.groups == ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))
+    assert [head.out_features for head in spectral.decoder_pred] == [256, 256, 128]
+    optical, radar = surveyed("fg-mae"), surveyed("fg-mae-sar")
+    assert (optical.backbone.width, len(optical.decoder_blocks)) == (384, 8)
+    assert (optical.decoder_pred.out_features, optical.decoder_pred2.out_features) == (468, 768)
+    assert (radar.decoder_pred.out_features, radar.decoder_pred2) == (72, None)
+    sensors = surveyed("multimae")
+    assert sensors.names == ("sentinel1", "sentinel2-l1c")
+    assert [decoder.pred.out_features for decoder in sensors.decoders] == [512, 13 * 256]
+    shape = sensors.grid.shape((224, 224))
+    context = MaskContext(sensors.grid.token_axes, shape, np.ones(392, bool), np.random.default_rng(0), SampleKey(0, 0))
+    # Of three modalities 98 of 588 tokens are visible.
+    assert (~sensors.sampler(context)).sum() == round(392 * 98 / 588)
+
+
+@pytest.mark.parametrize("masking", ["random", "tube"])
+def test_satmae_of_series_encodes_calendars_and_masks_dates_alike_or_apart(masking: str) -> None:
+    temporal = surveyed("satmae-temporal", f"objective.masking={masking}")
+    assert (temporal.backbone.width, temporal.backbone.depth) == (1024, 24)
+    shares = axis_widths(temporal.grid.token_axes, 1024, temporal.backbone.config.position_widths)
+    assert shares == {"time": 384, "y": 320, "x": 320}
+    assert axis_widths(("time", "y", "x"), 512, temporal.config.decoder_position_widths)["time"] == 192
+    axes, shape = temporal.grid.token_axes, temporal.grid.shape((3, 224, 224))
+    context = MaskContext(axes, shape, np.ones(588, bool), np.random.default_rng(0), SampleKey(0, 0))
+    mask = temporal.sampler(context).reshape(3, 196)
+    assert (~mask).sum() == 147
+    assert (mask == mask[0]).all() == (masking == "tube")
+
+
+def test_rvsa_is_the_published_autoencoder_and_takes_windows() -> None:
+    config = resolve_run("remote_sensing", "rvsa")
+    with torch.device("meta"):
+        backbone = build_backbone(config.model, INPUTS["remote_sensing"])
+        tuned(backbone, TuningOptions(attention="rvsa"))
+    assert (backbone.width, backbone.depth, backbone.spec.size) == (768, 12, (224, 224))
+    full = [number for number, block in enumerate(backbone.blocks, 1) if type(block.attn) is Attention]
+    assert full == [3, 6, 9, 12]
+    # Eight blocks with regressors of 12 heads times (2 + 2 + 1), and two tables of 13 distances of 64 features.
+    plain = 85_798_656 - 768 * 197
+    assert sum(p.numel() for p in backbone.parameters()) == plain + 768 + 8 * (60 * 769 + 2 * 13 * 64)
+    images, batch = 990_000, config.training.batch_size
+    schedules = OptimSchedules.build(config.optim, batch, run_length(config.training, images), images // batch)
+    assert (config.training.epochs, batch) == (1600, 2048)
+    assert schedules.lr(40 * (images // batch)) == pytest.approx(1.5e-4 * 2048 / 256, rel=0.01)
 
 
 def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:

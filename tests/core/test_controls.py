@@ -9,10 +9,10 @@ import torch
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.backbones.vit import VisionTransformer
-from fmsuite.core.controls import Histogram, channel_histograms, untrained
+from fmsuite.core.controls import BandMeans, Histogram, channel_histograms, untrained
 from fmsuite.core.data.sample import View
 from fmsuite.core.encoders import Encoder, select_channels
-from fmsuite.core.inputs import Channel, InputSpec, rgb_channels
+from fmsuite.core.inputs import Channel, InputSpec, Quantification, rgb_channels
 from fmsuite.errors import UsageError
 
 RGB = InputSpec(axes=("y", "x"), size=(32, 32), channels=rgb_channels(), scale=1 / 255)
@@ -163,3 +163,47 @@ def test_what_has_no_histogram_is_refused() -> None:
         Histogram(bag)
     with pytest.raises(UsageError, match=r"takes \(B, 3, y, x\), not an array of shape \(1, 2, 8, 8\)"):
         Histogram(RGB).embed(View(torch.zeros(1, 2, 8, 8)))
+
+
+BANDS = InputSpec(
+    axes=("y", "x"),
+    size=(6, 5),
+    channels=(
+        Channel(name="B2", mean=0.2),
+        Channel(name="B3", mean=0.3),
+        Channel(name="VV", mean=-9.0, quantification=Quantification(offset=-30.0, scale=0.01)),
+    ),
+    scale=1e-4,
+    clip=(0.0, 0.5),
+)
+
+
+def test_band_means_are_numpys_of_the_valid_physical_values() -> None:
+    random = np.random.default_rng(3)
+    raw = random.integers(0, 8000, (4, 3, 6, 5))
+    valid = random.random((4, 3, 6, 5)) < 0.6
+    valid[1, 0] = False
+    found = BandMeans(BANDS, deviations=True).embed(View(torch.from_numpy(raw), torch.from_numpy(valid))).numpy()
+    physical = np.stack([(raw[:, n] * 1e-4).clip(0, 0.5) for n in (0, 1)] + [raw[:, 2] * 0.01 - 30], axis=1)
+    for image in range(4):
+        for band in range(3):
+            kept = physical[image, band][valid[image, band]]
+            expected = (kept.mean(), kept.std()) if len(kept) else (0.2, 0.0)
+            np.testing.assert_allclose(found[image, [band, 3 + band]], expected, rtol=1e-6, atol=1e-6)
+    series = InputSpec(axes=("time", "y", "x"), size=(2, 6, 5), channels=BANDS.channels, scale=1e-4, clip=(0.0, 0.5))
+    whole = raw.reshape(2, 2, 3, 6, 5).swapaxes(1, 2)
+    means = BandMeans(series).embed(View(torch.from_numpy(whole.copy()))).numpy()
+    np.testing.assert_allclose(means, physical.reshape(2, 2, 3, 30).mean((1, 3)), rtol=1e-6)
+
+
+def test_band_means_refuse_what_has_none_and_have_identities_of_their_own() -> None:
+    broken = torch.full((1, 3, 6, 5), torch.nan)
+    assert BandMeans(BANDS).embed(View(broken)).isnan().all()
+    with pytest.raises(UsageError, match="not of an array"):
+        BandMeans(BANDS).embed(View(torch.zeros(1, 2, 6, 5)))
+    bag = InputSpec(axes=("y", "x"), size=(), channels=(Channel(name="a"),), bag=True)
+    with pytest.raises(UsageError, match="bags of vectors"):
+        BandMeans(bag)
+    assert len({BandMeans(BANDS).identity, BandMeans(BANDS, True).identity, BandMeans(CT).identity}) == 3
+    assert (BandMeans(BANDS).dim, BandMeans(BANDS, True).dim) == (3, 6)
+    assert "B2, B3: raw values x 0.0001, clipped to 0 to 0.5" in BandMeans(BANDS).normalisation

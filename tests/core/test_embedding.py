@@ -81,6 +81,7 @@ class Mixing:
     identity = "mixing"
     dim = DIM
     pooling = "none"
+    normalisation = "nothing"
     spec = SPEC
     provenance: dict[str, Any] = {}  # noqa: RUF012
 
@@ -326,7 +327,7 @@ class Reader:
         return ArraySample(np.zeros((1, 4, 4), np.float32))
 
 class Wide:
-    identity, dim, pooling, provenance = "wide", 8192, "none", {}
+    identity, dim, pooling, normalisation, provenance = "wide", 8192, "none", "nothing", {}
     spec = InputSpec(axes=("y", "x"), size=(4, 4), channels=(Channel(name="a"),))
     def to(self, device):
         pass

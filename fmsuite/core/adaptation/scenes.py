@@ -27,7 +27,7 @@ class SceneBox:
     Attributes:
         start: where it begins, in samples.
         scores: (K, *extent) float32 probabilities.
-        valid: (*extent) bool, where a channel has data.
+        valid: (*extent) bool, where a channel has data (of a change, at both dates).
     """
 
     start: tuple[int, ...]
@@ -77,12 +77,6 @@ class SceneViews:
         spaces = None if spacing is None else torch.tensor([list(spacing)] * count, dtype=torch.float32)
         return View(values, valid > 0, coords=coords, spacing=spaces).to(torch.device(device))
 
-    def seen(self, view: View) -> Tensor:
-        """(N, 1, *window) float32: 1 where a channel, at any date, has data."""
-        assert view.valid is not None
-        valid = view.valid.any(1, keepdim=True)
-        return (valid.any(2) if self._dated else valid).float()
-
 
 def stream_scene(
     task: Segmentation,
@@ -117,7 +111,8 @@ def stream_scene(
 
     def network(windows: Tensor) -> Tensor:
         view = views.view(windows, device)
-        seen = views.seen(view)
+        assert view.valid is not None
+        seen = task.seen(view.valid.any(1))[:, None].float()
         return torch.cat([task.predict(normalize.view(view)).float(), seen], dim=1)
 
     for stripe in stream_windows(

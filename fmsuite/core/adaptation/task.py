@@ -370,8 +370,6 @@ class Change(Segmentation):
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Classification, MultiLabel, Regression, Segmentation, Change)
 }
-DENSE = tuple(name for name, task in TASKS.items() if issubclass(task, Segmentation))
-"""Tasks that learn from label maps."""
 
 
 def _partners(batch: Batch) -> Tensor:

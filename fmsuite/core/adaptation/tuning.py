@@ -101,11 +101,16 @@ def tuned(backbone: Backbone, options: TuningOptions) -> Backbone:
 
 
 def use_windows(backbone: Backbone, options: TuningOptions) -> None:
-    """Put rotated varied-size windows into a plain vision transformer, in place.
+    """Put rotated varied-size windows into a plain vision transformer, in place; of a network that sees dates one by
+    one, into that of one date.
 
     Raises:
         UsageError: for another backbone, one with other windows, or one whose tokens or positions cannot have any.
     """
+    if isinstance(backbone, Datewise):
+        use_windows(backbone.single, options)
+        backbone.can_show_attention = backbone.single.can_show_attention
+        return
     if not isinstance(backbone, VisionTransformer):
         raise UsageError(
             f"attention: rvsa is for plain vision transformers, not for a {type(backbone).__name__}.",

@@ -16,13 +16,21 @@ from fmsuite.core.zarr_arrays import Damaged
 
 ABOUT = "zarr.json"
 CHUNK_SAMPLES = 2**15
-"""In a chunk, along the axes that are cut: 32^3 of a volume, so that a crop of 96^3 decodes 2.3 times what it keeps."""
+"""In a chunk at most, along the axes that are cut: 32^3 of a volume, so that a crop of 96^3 decodes 2.3 times what it
+keeps."""
+CHUNK_BYTES = 2**18
+"""In a chunk at most, of all channels: 64^2 pixels of 13 bands of 16 bits. Where more are decoded at once, what the
+processor has to do for each chunk is outweighed by what is decoded and not kept."""
 
 
-def chunk_of(size: Sequence[int]) -> tuple[int, ...]:
+def chunk_of(size: Sequence[int], sample_bytes: int = 1) -> tuple[int, ...]:
     """Edges of a chunk of an array that is cut along all of these axes: powers of two, equal but along axes that are
-    shorter, which leave more to the others."""
-    chunk, left = list(size), CHUNK_SAMPLES
+    shorter, which leave more to the others.
+
+    Args:
+        sample_bytes: of all channels together. An array of more has edges that divide those of one that has less.
+    """
+    chunk, left = list(size), max(1, min(CHUNK_SAMPLES, CHUNK_BYTES // sample_bytes))
     axes = sorted(range(len(size)), key=lambda axis: size[axis])
     for number, axis in enumerate(axes):
         edge = 2 ** int(math.log2(left) / (len(size) - number) + 1e-9)
@@ -52,7 +60,8 @@ class BoxWriter:
     def __init__(self, folder: Path, shape: Sequence[int], dtype: np.dtype, cut: int) -> None:
         self.folder, self.shape, self.dtype = folder, tuple(shape), np.dtype(dtype)
         self._whole = len(self.shape) - cut
-        self.chunk = (*self.shape[: self._whole], *chunk_of(self.shape[self._whole :]))
+        together = self.dtype.itemsize * math.prod(self.shape[: self._whole])
+        self.chunk = (*self.shape[: self._whole], *chunk_of(self.shape[self._whole :], together))
         self._grid = tuple(-(-length // edge) for length, edge in zip(self.shape, self.chunk, strict=True))
         self._path = shard_file(folder, 0, len(self.shape) - 1)
         self._writer = ShardWriter(self._path, math.prod(self._grid))
@@ -158,7 +167,7 @@ class BoxArray:
         cells = list(itertools.product(*parts))
         places = np.array([[number for number, _, _ in cell] for cell in cells])
         slots = np.ravel_multi_index(tuple(places.T), self._grid).tolist()
-        for cell, decoded in zip(cells, self._shard.read_each(slots, self.chunk, self.dtype), strict=True):
+        for cell, decoded in zip(cells, self._shard.read_each(slots, self.chunk, self.dtype, reuse=True), strict=True):
             out[tuple(part[2] for part in cell)] = decoded[tuple(part[1] for part in cell)]
         return out
 

@@ -207,3 +207,10 @@ class WrappedScene(Scene):
 
     def from_world(self, place: Sequence[float]) -> tuple[int, ...]:
         return self.scene.from_world(place)
+
+
+def labels_of(scene: Scene, sample: ArraySample, name: str) -> Array:
+    """A label map of what was read of a scene along the scene's own axes; where it is kept for each of its dates, the
+    first: they are alike."""
+    labels = sample.maps[name]
+    return labels[(0,) * (labels.ndim - len(scene.size))]

@@ -137,7 +137,7 @@ class ShardFile:
             length = slots * _ENTRY + _CHECKSUM
             start = os.fstat(self._file).st_size - length
             tail = os.pread(self._file, length, start) if start >= 0 else b""
-            if len(tail) != length or not _sound(tail):
+            if len(tail) != length or not _sound(np.frombuffer(tail, dtype=np.uint8)):
                 raise Damaged(path, "its table of chunks is damaged")
             self._index = np.frombuffer(tail, dtype="<u8", count=2 * slots).reshape(slots, 2)
         except OSError as error:
@@ -156,8 +156,13 @@ class ShardFile:
         (values,) = self.read_each([slot], shape, dtype)
         return values
 
-    def read_each(self, slots: Sequence[int], shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    def read_each(
+        self, slots: Sequence[int], shape: tuple[int, ...], dtype: np.dtype, reuse: bool = False
+    ) -> Iterator[np.ndarray]:
         """The windows at some slots, in order; those that follow each other in the file are read at once.
+
+        Args:
+            reuse: give each in the memory of the one before, which is then lost; fresh memory costs time.
 
         Raises:
             Damaged: as ``read``.
@@ -166,33 +171,36 @@ class ShardFile:
         for slot, (offset, _) in zip(slots, entries.tolist(), strict=True):
             if offset == _ABSENT:
                 raise Damaged(self.path, f"it has no window at place {slot}")
+        values = np.empty(shape, dtype=dtype.newbyteorder("<"))
         gaps = np.flatnonzero(entries[1:, 0] != entries[:-1].sum(axis=1)) + 1
         for run in np.split(np.arange(len(slots)), gaps):
             first, length = int(entries[run[0], 0]), int(entries[run, 1].sum())
             try:
-                data = os.pread(self._file, length, first)
+                # An array's slices are no copies.
+                data = np.frombuffer(os.pread(self._file, length, first), dtype=np.uint8)
             except OSError as error:
                 raise Damaged(self.path, str(error.strerror)) from error
             for number in run.tolist():
                 begin, length = int(entries[number, 0]) - first, int(entries[number, 1])
-                yield self._decoded(slots[number], data[begin : begin + length], length, shape, dtype)
+                self._decode(slots[number], data[begin : begin + length], length, values)
+                yield values
+                if not reuse:
+                    values = np.empty_like(values)
 
-    def _decoded(self, slot: int, packed: bytes, length: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _decode(self, slot: int, packed: np.ndarray, length: int, values: np.ndarray) -> None:
         if len(packed) != length or not _sound(packed):
             raise Damaged(self.path, f"the window at place {slot} is damaged")
-        values = np.empty(shape, dtype=dtype.newbyteorder("<"))
         # Blosc fills what it is given as far as it has data, so its header is asked first (C-Blosc's chunk format).
-        if int.from_bytes(packed[4:8], "little") != values.nbytes:
-            raise Damaged(self.path, f"the window at place {slot} is not {dtype} {shape}")
+        if int.from_bytes(packed[4:8].tobytes(), "little") != values.nbytes:
+            raise Damaged(self.path, f"the window at place {slot} is not {values.dtype} {values.shape}")
         Blosc("lz4").decode(packed[:-_CHECKSUM], values.reshape(-1))
-        return values
 
     def close(self) -> None:
         os.close(self._file)
 
 
-def _sound(data: bytes) -> bool:
-    return google_crc32c.value(data[:-_CHECKSUM]) == int.from_bytes(data[-_CHECKSUM:], "little")
+def _sound(data: np.ndarray) -> bool:
+    return google_crc32c.value(data[:-_CHECKSUM]) == int.from_bytes(data[-_CHECKSUM:].tobytes(), "little")
 
 
 def file_digest(path: Path) -> tuple[int, str]:

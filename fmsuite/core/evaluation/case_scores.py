@@ -9,16 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmsuite.core.evaluation.cases import OVERALL, Metric, TaskName
+from fmsuite.core.evaluation.cases import DENSE, OVERALL, Metric, TaskName
 from fmsuite.core.evaluation.intervals import Statistic, group_intervals, weighted_mean
-from fmsuite.core.evaluation.metrics import Tally, weighted_auroc
-from fmsuite.core.evaluation.multilabel import average_precision
+from fmsuite.core.evaluation.metrics import BY_CLASS, Tally, weighted_auroc
+from fmsuite.core.evaluation.multilabel import average_precision, micro_average_precision
 from fmsuite.core.evaluation.regression import regression_scores
 from fmsuite.core.evaluation.results import Estimate
 from fmsuite.core.evaluation.segmentation import CaseCounts, case_confusion
 from fmsuite.core.evaluation.statistics import summarise
 from fmsuite.core.evaluation.surface import surface_distances
 from fmsuite.errors import FmsuiteError
+
+POOLED_SHORT = {"recall": "recall", "precision": "precision", "f1": "F1", "iou": "IoU"}
+"""Metrics of a segmentation that are of all cases' samples together, as in remote sensing."""
+COUNTS = ("samples/both", "samples/true", "samples/predicted")
+"""Of each case and label, how many samples are labelled and predicted so, labelled so, and predicted so."""
 
 Key = tuple[str, str]
 """Metric and label."""
@@ -33,10 +38,9 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
         asked: of a segmentation.
         tolerance, unit: of surface distances.
     """
-    if task == "segmentation":
+    if task in DENSE:
         known = {
             "dice": Metric(title="overlap, 2 |A and B| / (|A| + |B|), of each case and label", short="Dice"),
-            "iou": Metric(title="intersection over union, |A and B| / |A or B|, of each case and label", short="IoU"),
             "nsd": Metric(
                 title=f"share of both surfaces that lies within {tolerance:g} {unit} of the other, of each case and "
                 "label (normalised surface distance)",
@@ -50,6 +54,10 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
                 unit=unit,
             ),
         }
+        known |= {
+            name: Metric(title=f"{title}, of all cases' samples together", short=POOLED_SHORT[name], by_case=False)
+            for name, title in BY_CLASS.items()
+        }
         return {name: known[name] for name in known if name in asked}
     if task == "classification":
         return {
@@ -62,6 +70,11 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
                 title="mean over the classes of the share that is predicted right", short="balanced acc.", by_case=False
             ),
             "accuracy": Metric(title="share of the cases that are predicted right", short="accuracy", by_case=False),
+            "macro_f1": Metric(
+                title="F1 of each class, averaged over the classes that occur or are predicted",
+                short="macro F1",
+                by_case=False,
+            ),
         }
     if task == "multilabel":
         return {
@@ -71,10 +84,16 @@ def metrics_of(task: TaskName, asked: Sequence[str], tolerance: float, unit: str
                 short="AP",
                 by_case=False,
             ),
+            "micro_average_precision": Metric(
+                title="average precision of all decisions about all labels, ranked together",
+                short="micro AP",
+                by_case=False,
+            ),
         }
     return {
         "r2": Metric(title="1 - squared error / variance of the target", short="R2", by_case=False),
         "mae": Metric(title="mean absolute error", short="MAE", higher=False, by_case=False),
+        "rmse": Metric(title="root of the mean squared error", short="RMSE", higher=False, by_case=False),
     }
 
 
@@ -88,7 +107,7 @@ def segmentation_scores(
     ignore_index: int | None = -1,
 ) -> dict[str, list[float | None]]:
     """One case on its own grid: by metric a value for each class but the background (0), ``None`` where a class is
-    neither in truth nor in prediction.
+    neither in truth nor in prediction. Where one of ``POOLED_SHORT`` is asked for, also ``COUNTS``.
 
     Args:
         predicted, truth: integers of one shape.
@@ -115,11 +134,13 @@ def segmentation_scores(
         ignore_index=ignore_index,
     )
     counts = CaseCounts.of(matrix[None])
-    dice, iou = counts.dice()[0].tolist(), counts.iou()[0].tolist()
+    dice = counts.dice()[0].tolist()
+    pooled = {name: rows[0].tolist() for name, rows in counts.by_class().items() if name in metrics}
+    surfaces = bool({"nsd", "hd95"} & set(metrics))
     diagonal = math.hypot(*(length * step for length, step in zip(truth.shape, spacing, strict=True)))
     for label in range(1, classes):
-        values = {"dice": dice[label], "iou": iou[label]}
-        if {"nsd", "hd95"} & {*metrics}:
+        values = {"dice": dice[label], **{name: of_class[label] for name, of_class in pooled.items()}}
+        if surfaces:
             distances = surface_distances((predicted == label) & known, (truth == label) & known, spacing)
             # Who misses a structure is as far off as can be, and finitely so.
             values |= {"nsd": distances.normalised(tolerance), "hd95": min(distances.hausdorff(95.0), diagonal)}
@@ -128,6 +149,9 @@ def segmentation_scores(
         for name in metrics:
             value = values[name]
             found[name].append(None if math.isnan(value) else float(value))
+    if pooled:
+        for name, numbers in zip(COUNTS, (counts.both, counts.true, counts.predicted), strict=True):
+            found[name] = numbers[0, 1:].tolist()
     return found
 
 
@@ -150,6 +174,32 @@ def mean_values(scores: Mapping[str, Tensor], labels: Sequence[str]) -> Values:
     return values
 
 
+def pooled_values(counts: CaseCounts, metrics: Sequence[str], labels: Sequence[str]) -> Values:
+    """Metrics of all cases' samples together: of each label, and the mean over the labels that occur or are predicted.
+
+    Args:
+        counts: (N, L) of the cases and labels.
+        metrics: of ``POOLED_SHORT``.
+    """
+
+    def values(weights: Tensor) -> dict[Key, Tensor]:
+        found: dict[Key, Tensor] = {}
+        of_label = counts.pooled(weights).by_class()
+        for metric in metrics:
+            rows = of_label[metric].T
+            found[metric, OVERALL] = rows.nanmean(0)
+            if len(labels) > 1:
+                found |= {(metric, label): row for label, row in zip(labels, rows, strict=True)}
+        return found
+
+    return values
+
+
+def together(*parts: Values) -> Values:
+    """The values of all."""
+    return lambda weights: {key: value for part in parts for key, value in part(weights).items()}
+
+
 def class_values(probabilities: Tensor, truth: Tensor) -> Values:
     """Of a classification.
 
@@ -163,6 +213,7 @@ def class_values(probabilities: Tensor, truth: Tensor) -> Values:
             ("auroc", OVERALL): weighted_auroc(probabilities, truth, weights),
             ("balanced_accuracy", OVERALL): tally.balanced_accuracy(),
             ("accuracy", OVERALL): tally.accuracy(),
+            ("macro_f1", OVERALL): tally.values()["macro_f1"],
         }
 
     return values
@@ -192,6 +243,9 @@ def label_values(probabilities: Tensor, truth: Tensor, labels: Sequence[str]) ->
             found[metric, OVERALL] = torch.stack(of_label).nanmean(0)
             if len(labels) > 1:
                 found |= {(metric, label): row for label, row in zip(labels, of_label, strict=True)}
+        if len(labels) > 1:
+            decisions = probabilities.double(), truth > 0, weights.double(), truth >= 0
+            found["micro_average_precision", OVERALL] = micro_average_precision(*decisions)
         return found
 
     return values
@@ -212,15 +266,15 @@ def number_values(predicted: Tensor, truth: Tensor, labels: Sequence[str]) -> Va
         for column in range(len(labels)):
             known = truth[:, column].isfinite()
             if not bool(known.any()):
-                by_label.append({"r2": nothing, "mae": nothing})
+                by_label.append({"r2": nothing, "mae": nothing, "rmse": nothing})
                 continue
             by_label.append(regression_scores(predicted[known, column], truth[known, column], weights[known]))
         found["r2", OVERALL] = torch.stack([scores["r2"] for scores in by_label]).nanmean(0)
         if len(labels) == 1:
-            found["mae", OVERALL] = by_label[0]["mae"]
+            found |= {(metric, OVERALL): by_label[0][metric] for metric in ("mae", "rmse")}
         else:
             for label, scores in zip(labels, by_label, strict=True):
-                found |= {("r2", label): scores["r2"], ("mae", label): scores["mae"]}
+                found |= {(metric, label): scores[metric] for metric in ("r2", "mae", "rmse")}
         return found
 
     return values

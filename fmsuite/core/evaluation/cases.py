@@ -22,7 +22,9 @@ FORMAT = 1
 OVERALL = "all"
 """Among a metric's labels: the mean over them, or the metric itself where it has no labels."""
 
-TaskName = Literal["segmentation", "classification", "multilabel", "regression"]
+TaskName = Literal["segmentation", "change", "classification", "multilabel", "regression"]
+DENSE: tuple[TaskName, ...] = ("segmentation", "change")
+"""Tasks that are learned from label maps and judged on whole sources."""
 
 
 class Case(Record):
@@ -228,7 +230,7 @@ class FinetuneResults(Record):
 
     def case_rows(self) -> list[Sequence[Any]]:
         """The header and the lines of ``cases.csv``: every case of every run, those that failed without values."""
-        named = self.task == "segmentation"
+        named = self.task in DENSE
         values = [f"{metric}/{label}" for metric in self.metrics for label in self.labels] if named else self.labels
         rows: list[Sequence[Any]] = [
             ("arm", "fraction", "seed", "fold", "case", "group", "judged", "truth", *(values or ["output"]))

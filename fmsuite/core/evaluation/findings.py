@@ -22,7 +22,7 @@ from fmsuite.core.seeding import derive
 
 NEIGHBOURS = 20
 PRIMARY = "macro_auroc"
-OVERALL = ("macro_auroc", "map", "macro_f1", "micro_f1")
+OVERALL = ("macro_auroc", "map", "micro_map", "macro_f1", "micro_f1")
 
 
 @dataclass(frozen=True)

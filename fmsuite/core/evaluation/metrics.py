@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,19 @@ METRICS: dict[str, str] = {
     "weighted_f1": "F1 of each class, averaged by how many members it has",
     "quadratic_kappa": "Cohen's kappa with quadratic weights: agreement beyond chance, for classes with an order",
     "accuracy": "share of the predictions that are right",
+    "macro_f1": "F1 of each class, averaged over the classes that occur or are predicted",
+    "macro_precision": "precision of each class, averaged over the classes that occur or are predicted; 0 of a class "
+    "that is never predicted",
+    "mean_iou": "intersection over union of each class, averaged over the classes that occur or are predicted",
 }
 """Name to what it is."""
+BY_CLASS: dict[str, str] = {
+    "recall": "share of a class's members that are predicted so",
+    "precision": "share of what is predicted to be of a class that is",
+    "f1": "2 TP / (2 TP + FP + FN) of a class",
+    "iou": "intersection over union of a class, TP / (TP + FP + FN)",
+}
+"""Metrics that every class has, by name."""
 
 _CHUNK_WEIGHTINGS = 128
 """Running sums over that many weightings at once stay in the processor's cache: three times as fast as 1,000."""
@@ -69,6 +81,30 @@ class Tally:
         either = self.true + self.predicted
         f1 = torch.where(either > 0, 2 * self.hits / either, 0.0)
         return (self.true * f1).sum(0) / self.true.sum(0)
+
+    def by_class(self) -> dict[str, Tensor]:
+        """(C, *) of each of ``BY_CLASS``: NaN for a class that neither occurs nor is predicted, which means pass over;
+        0 where only one of the two is so, as in scikit-learn with ``zero_division=0``."""
+        either = self.true + self.predicted
+        there = either > 0
+        parts = {"recall": self.true, "precision": self.predicted, "f1": either / 2, "iou": either - self.hits}
+        return {
+            name: torch.where(there, torch.where(part > 0, self.hits / part, 0.0), torch.nan)
+            for name, part in parts.items()
+        }
+
+    def values(self) -> dict[str, Tensor]:
+        """(*) of each of ``METRICS`` that follows from predicted classes."""
+        of_class = self.by_class()
+        return {
+            "balanced_accuracy": self.balanced_accuracy(),
+            "weighted_f1": self.weighted_f1(),
+            "quadratic_kappa": self.quadratic_kappa(),
+            "accuracy": self.accuracy(),
+            "macro_f1": of_class["f1"].nanmean(0),
+            "macro_precision": of_class["precision"].nanmean(0),
+            "mean_iou": of_class["iou"].nanmean(0),
+        }
 
     def quadratic_kappa(self) -> Tensor:
         codes = torch.arange(len(self.true), dtype=torch.float64, device=self.true.device)
@@ -230,14 +266,21 @@ def score(scores: Tensor, predicted: Tensor, target: Tensor, classes: int) -> di
         UsageError: if ``target`` has one class only.
         FmsuiteError: if scores are not finite.
     """
-    tally = Tally.of(predicted, target, classes)
-    return {
-        "balanced_accuracy": tally.balanced_accuracy().item(),
-        "auroc": auroc_ovo(scores, target),
-        "weighted_f1": tally.weighted_f1().item(),
-        "quadratic_kappa": tally.quadratic_kappa().item(),
-        "accuracy": tally.accuracy().item(),
-    }
+    values = {name: value.item() for name, value in Tally.of(predicted, target, classes).values().items()}
+    values["auroc"] = auroc_ovo(scores, target)
+    return {name: values[name] for name in METRICS}
+
+
+def class_scores(predicted: Tensor, target: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Every metric of ``BY_CLASS`` of every class, as ``iou/NAME``; none of a class that neither occurs nor is
+    predicted.
+
+    Args:
+        predicted, target: (N,) int64 below the number of names, N >= 1.
+    """
+    found = Tally.of(predicted, target, len(names)).by_class()
+    pairs = [(f"{metric}/{name}", float(row)) for metric, rows in found.items() for name, row in zip(names, rows)]
+    return {key: value for key, value in pairs if value == value}
 
 
 def _tally(predicted: Tensor, target: Tensor, weights: Tensor | None) -> Tally:

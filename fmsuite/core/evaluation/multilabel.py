@@ -1,27 +1,23 @@
-"""Metrics of items that may have several labels, and of predicted classes by macro average."""
+"""Metrics of items that may have several labels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fmsuite.core.evaluation.metrics import Tally, weighted_auroc
+from fmsuite.core.evaluation.metrics import weighted_auroc
 from fmsuite.errors import FmsuiteError, UsageError
 
 METRICS: dict[str, str] = {
     "map": "average precision of each label, averaged over the labels that occur",
+    "micro_map": "average precision of all decisions about all labels, ranked together",
     "macro_f1": "F1 of each label at the threshold, averaged over the labels that occur or are predicted",
     "micro_f1": "F1 of all decisions together at the threshold",
     "macro_auroc": "area under the ROC curve of each label, averaged over the labels that some items have and some not",
 }
 """Name to what it is."""
 
-
-def macro_f1(tally: Tally) -> Tensor:
-    """(*) mean F1 over the classes that occur or are predicted (scikit-learn's ``f1_score(average="macro")``)."""
-    either = tally.true + tally.predicted
-    f1 = torch.where(either > 0, 2 * tally.hits / either, 0.0)
-    return f1.sum(0) / (either > 0).sum(0)
+_CHUNK_VALUES = 1 << 22
 
 
 def average_precision(scores: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -84,6 +80,7 @@ def multilabel_scores(
     f1 = torch.where(either > 0, 2 * hits / either, torch.nan)
     found = {
         "map": precisions.nanmean(0),
+        "micro_map": micro_average_precision(scores, target, given, there),
         "macro_f1": f1.nanmean(0),
         "micro_f1": torch.where(either.sum(0) > 0, 2 * hits.sum(0) / either.sum(0), torch.nan),
         "macro_auroc": areas.nanmean(0),
@@ -91,3 +88,19 @@ def multilabel_scores(
         **{f"auroc/{k}": areas[k] for k in labels},
     }
     return found if weights is not None else {name: value[0] for name, value in found.items()}
+
+
+def micro_average_precision(scores: Tensor, target: Tensor, weights: Tensor, known: Tensor) -> Tensor:
+    """Average precision of all labels' decisions in one ranking.
+
+    Args:
+        scores: (N, K) finite. target, known: (N, K) bool. weights: (N, R) float64.
+
+    Returns:
+        (R,) float64, NaN where no positive has weight.
+    """
+    # A few weightings at a time: all decisions under all of them may not fit into memory.
+    flat, has = scores.flatten(), target.flatten()
+    parts = weights.split(max(1, _CHUNK_VALUES // len(flat)), dim=1)
+    counted = ((part[:, None] * known[:, :, None]).flatten(0, 1) for part in parts)
+    return torch.cat([average_precision(flat, has, each) for each in counted])

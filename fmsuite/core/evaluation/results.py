@@ -16,6 +16,7 @@ from fmsuite.errors import UsageError
 PREDICTIONS = "predictions.json"
 TABLE = "results.csv"
 EPISODES = "episodes.csv"
+ENCODERS = "encoders.csv"
 FORMAT = 1
 
 
@@ -65,18 +66,23 @@ class EncoderFacts(Record):
     """
     Attributes:
         name: unique among the results, and short: it stands in tables.
-        kind: ``encoder`` for what the user gave; the others are controls, ``constant`` one that sees nothing.
+        kind: ``encoder`` for what the user gave, ``normalised`` for the same under another normalisation; the others
+            are controls, ``constant`` one that sees nothing.
         identity: as in the store's attributes.
         control_of: the encoder that an untrained one is a control of.
+        variant_of: the encoder that a normalised one is, and normalisation: under which of
+            ``normalisations.NORMALISATIONS``.
     """
 
     name: str
-    kind: Literal["encoder", "untrained", "histogram", "constant"] = "encoder"
+    kind: Literal["encoder", "untrained", "histogram", "means", "constant", "normalised"] = "encoder"
     identity: str
     dim: int
     pooling: str | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
     control_of: str | None = None
+    variant_of: str | None = None
+    normalisation: str | None = None
 
 
 class Episode(Record):
@@ -131,6 +137,8 @@ class Facts(Record):
     Attributes:
         index_hash: ``SampleIndex.hash`` of the windows.
         inputs: paths and hashes of what was read (stores, labels), as given.
+        normalisations: by encoder one sentence on what raw values became, and whose mean and standard deviation was
+            used.
     """
 
     command: list[str]
@@ -142,6 +150,7 @@ class Facts(Record):
     platform: str
     index_hash: str
     inputs: dict[str, str] = Field(default_factory=dict)
+    normalisations: dict[str, str] = Field(default_factory=dict)
 
 
 class Results(Record):
@@ -180,7 +189,8 @@ class Results(Record):
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write ``results.json`` (all but the predictions), ``predictions.json``, ``results.csv`` (a line for each
-        metric of each evaluation) and ``episodes.csv`` (a line for each episode).
+        metric of each evaluation), ``episodes.csv`` (a line for each episode) and ``encoders.csv`` (a line for each
+        encoder, with its normalisation).
 
         Earlier results stay as they are until all of this is on the disk (see ``write_results``).
 
@@ -196,6 +206,7 @@ class Results(Record):
             PREDICTIONS: json.dumps(predictions, separators=(",", ":")),
             TABLE: as_csv(metrics),
             EPISODES: as_csv(episodes),
+            ENCODERS: as_csv(self._encoder_rows()),
             RESULTS: json.dumps(everything, indent=1, ensure_ascii=False) + "\n",
         }
         write_results(Path(folder), texts)
@@ -225,6 +236,13 @@ class Results(Record):
     def _said(target: str | None) -> str:
         """The field of an episode that is kept in ``predictions.json``."""
         return "answers" if target in ("number", "findings") else "predictions"
+
+    def _encoder_rows(self) -> list[Sequence[Any]]:
+        rows: list[Sequence[Any]] = [("encoder", "kind", "features", "pooling", "identity", "normalisation")]
+        for known in self.encoders:
+            said = self.facts.normalisations.get(known.name, "")
+            rows.append((known.name, known.kind, known.dim, known.pooling or "", known.identity, said))
+        return rows
 
     def _rows(self) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
         metrics: list[Sequence[Any]] = [

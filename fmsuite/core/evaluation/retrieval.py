@@ -8,7 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmsuite.core.evaluation.folds import Folds
+from fmsuite.core.evaluation.intervals import group_intervals, weighted_mean
+from fmsuite.core.evaluation.metrics import confusion
+from fmsuite.core.evaluation.results import Episode, Estimate, Evaluation
+from fmsuite.core.evaluation.splits import Split, trained_on
+from fmsuite.core.seeding import derive
 from fmsuite.errors import UsageError
+
+RETRIEVAL = "retrieval"
+TITLE = (
+    "Every item that is asked looks for its like among the training items, none of which is of its group: cosine of "
+    "features from which the mean of these is taken off; nothing is trained."
+)
+KS = (1, 5, 20)
+PRIMARY = "acc@1"
 
 METRICS: dict[str, str] = {
     "acc@k": "share of the queries that have an item of their own label among the k nearest",
@@ -104,3 +118,60 @@ def _majority(labels: Tensor) -> Tensor:
     places = labels.shape[1]
     rank = torch.where(labels >= 0, votes * places - torch.arange(places), -places)
     return labels.gather(1, rank.argmax(1, keepdim=True))[:, 0]
+
+
+def judge_retrieval(
+    features: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    split: Split | Folds,
+    classes: int,
+    *,
+    encoder: str,
+    seed: int,
+    ks: tuple[int, ...] = KS,
+) -> Evaluation:
+    """Ask the test side what of the training side is most alike; of folds, each fold what of the others is.
+
+    The predictions are the labels of the nearest items.
+
+    Args:
+        features: (S, D) float32 of every item. labels: (S,) int64 below ``classes``. groups: (S,) int64.
+        encoder: name of what made the features.
+        seed: of the bootstrap over groups.
+    """
+    asked = torch.cat([part.test for part in split.parts])
+    per_item: list[dict[str, Tensor]] = []
+    first: list[Tensor] = []
+    for part in split.parts:
+        mean = features[part.train].mean(0)
+        gallery, queries = features[part.train] - mean, features[part.test] - mean
+        found = nearest(queries, gallery, max(ks), "cosine", groups[part.test], groups[part.train])
+        per_item.append(retrieval_scores(found, labels[part.test], labels[part.train], ks))
+        first.append(labels[part.train][found[:, 0]])
+    names = list(per_item[0])
+    table = torch.stack([torch.cat([each[name] for each in per_item]) for name in names], dim=1)
+    predicted = torch.cat(first)
+    predictions = torch.full((len(labels),), -1)
+    predictions[asked] = predicted
+
+    def values(weights: Tensor) -> dict[str, Tensor]:
+        return dict(zip(names, weighted_mean(table, weights), strict=True))
+
+    bounds = group_intervals(values, groups[asked], seed=derive(seed, "bootstrap"))
+    means = dict(zip(names, table.mean(0).tolist(), strict=True))
+    settings = {"distance": "cosine", "centred": True, "k": list(ks)}
+    if len(split.parts) > 1:
+        settings |= trained_on(split.parts, groups)
+    estimates = {}
+    for name, mean_value in means.items():
+        low, high = bounds[name] or (None, None)
+        estimates[name] = Estimate(mean=mean_value, low=low, high=high)
+    return Evaluation(
+        encoder=encoder,
+        method=RETRIEVAL,
+        settings=settings,
+        metrics=estimates,
+        confusion=confusion(predicted, labels[asked], classes).tolist(),
+        episodes=[Episode(seed=seed, metrics=means, predictions=predictions.tolist())],
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmsuite.core.evaluation.intervals import weighted_mean
-from fmsuite.core.evaluation.metrics import confusion
+from fmsuite.core.evaluation.metrics import Tally, confusion
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class CaseCounts:
     def iou(self) -> Tensor:
         """(N, C) |A and B| / |A or B|; see ``quotient``."""
         return quotient(self.both, self.true + self.predicted - self.both)
+
+    def by_class(self) -> dict[str, Tensor]:
+        """(N, C) of each of ``metrics.BY_CLASS``: NaN where a case has a class neither in truth nor in prediction."""
+        found = Tally(self.both.T, self.true.T, self.predicted.T, torch.zeros(len(self.both))).by_class()
+        return {name: values.T for name, values in found.items()}
 
     def pooled(self, weights: Tensor | None = None) -> CaseCounts:
         """The counts of all cases together, or of R weightings (N, R): (1, C) or (R, C)."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmsuite.core.evaluation.metrics import METRICS, Tally, weighted_auroc
+from fmsuite.core.evaluation.metrics import BY_CLASS, METRICS, Tally, weighted_auroc
 from fmsuite.core.seeding import generator
 from fmsuite.errors import UsageError
 
@@ -65,6 +65,7 @@ def bootstrap(
     confidence: float = 0.95,
     *,
     seed: int,
+    names: Sequence[str] = (),
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile intervals of the mean over episodes of every metric, under resampling of groups.
 
@@ -84,10 +85,11 @@ def bootstrap(
         classes: C.
         replicates: at least 1. confidence: between 0 and 1.
         seed: of the draws.
+        names: of the classes, for the metrics of each (``class_scores``) to have intervals too.
 
     Returns:
-        For every metric of ``METRICS`` its bounds, or ``None`` for all if fewer than ``MIN_GROUPS`` groups, or fewer
-        than ``MIN_GROUPS_A_CLASS`` groups of a class, were asked.
+        For every metric of ``METRICS``, and of every class, its bounds, or ``None`` for all if fewer than
+        ``MIN_GROUPS`` groups, or fewer than ``MIN_GROUPS_A_CLASS`` groups of a class, were asked.
 
     Raises:
         UsageError: without episodes or replicates, or for a confidence outside 0 to 1.
@@ -100,22 +102,24 @@ def bootstrap(
         )
     asked = torch.cat([episode.items for episode in scored])
     of_class = torch.cat([episode.target for episode in scored])
-    names, position = groups[asked].unique(return_inverse=True)
-    of_groups = torch.bincount((of_class * len(names) + position).unique() // len(names), minlength=classes)
-    nothing: dict[str, tuple[float, float] | None] = dict.fromkeys(METRICS)
-    if len(names) < MIN_GROUPS or bool(((of_groups > 0) & (of_groups < MIN_GROUPS_A_CLASS)).any()):
+    drawn_from, position = groups[asked].unique(return_inverse=True)
+    of_groups = torch.bincount((of_class * len(drawn_from) + position).unique() // len(drawn_from), minlength=classes)
+    keys = [*METRICS, *(f"{metric}/{name}" for metric in BY_CLASS for name in names)]
+    nothing: dict[str, tuple[float, float] | None] = dict.fromkeys(keys)
+    if len(drawn_from) < MIN_GROUPS or bool(((of_groups > 0) & (of_groups < MIN_GROUPS_A_CLASS)).any()):
         return nothing
-    drawn = generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), replicates)
+    even = np.full(len(drawn_from), 1 / len(drawn_from))
+    drawn = generator(seed, "bootstrap").multinomial(len(drawn_from), even, replicates)
     counts = torch.from_numpy(np.ascontiguousarray(drawn.T)).float()
     members = position.split([len(episode.items) for episode in scored])
 
-    sums = torch.zeros(len(METRICS), replicates, dtype=torch.float64)
+    sums = torch.zeros(len(keys), replicates, dtype=torch.float64)
     usable = torch.zeros(replicates, dtype=torch.float64)
     width = max(1, _CHUNK_VALUES // max(len(episode.items) for episode in scored))
     for start in range(0, replicates, width):
         part = slice(start, start + width)
         for episode, member in zip(scored, members):
-            values, whole = _weighted(episode, classes, counts[:, part].index_select(0, member))
+            values, whole = _weighted(episode, classes, counts[:, part].index_select(0, member), bool(names))
             sums[:, part] += torch.where(whole, values, 0.0)
             usable[part] += whole
     kept = usable >= len(scored) / 2
@@ -123,19 +127,19 @@ def bootstrap(
         return nothing
     means = (sums[:, kept] / usable[kept]).numpy()
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=1)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(METRICS)}
+    found = {name: (float(low[i]), float(high[i])) for i, name in enumerate(keys)}
+    return {name: bounds if np.isfinite(bounds).all() else None for name, bounds in found.items()}
 
 
-def _weighted(episode: Scored, classes: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(metrics, R) float64 values in the order of ``METRICS``, and (R,) bool whether no class has lost all weight."""
+def _weighted(episode: Scored, classes: int, weights: Tensor, by_class: bool) -> tuple[Tensor, Tensor]:
+    """(metrics, R) float64 values in the order of ``METRICS``, then of ``BY_CLASS`` class by class where asked for, and
+    (R,) bool whether no class has lost all weight."""
     tally = Tally.of(episode.predicted, episode.target, classes, weights)
-    values = {
-        "balanced_accuracy": tally.balanced_accuracy(),
-        "auroc": weighted_auroc(episode.scores, episode.target, weights),
-        "weighted_f1": tally.weighted_f1(),
-        "quadratic_kappa": tally.quadratic_kappa(),
-        "accuracy": tally.accuracy(),
-    }
+    values = {**tally.values(), "auroc": weighted_auroc(episode.scores, episode.target, weights)}
     present = torch.bincount(episode.target, minlength=classes) > 0
     whole = ((tally.true > 0) | ~present[:, None]).all(0) & values["auroc"].isfinite()
-    return torch.stack([values[name].double() for name in METRICS]), whole
+    rows = [torch.stack([values[name].double() for name in METRICS])]
+    if by_class:
+        found = tally.by_class()
+        rows += [found[metric] for metric in BY_CLASS]
+    return torch.cat(rows), whole

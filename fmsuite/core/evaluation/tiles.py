@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fmsuite.core.evaluation.folds import Folds
 from fmsuite.core.evaluation.knn import knn_scores
 from fmsuite.core.evaluation.linear import Form, fit_linear
-from fmsuite.core.evaluation.metrics import METRICS, confusion, score
+from fmsuite.core.evaluation.metrics import class_scores, confusion, score
 from fmsuite.core.evaluation.prototypes import fit_prototypes, prototype_distances, prototype_scores
 from fmsuite.core.evaluation.results import Episode, Estimate, Evaluation
 from fmsuite.core.evaluation.splits import Split, shuffled_labels, trained_on
@@ -107,6 +107,7 @@ def judge(
     rescale: bool = False,
     share: float | None = None,
     shown: Sequence[Sequence[Split]] = (),
+    names: Sequence[str] = (),
 ) -> Evaluation:
     """Ask the test side after training on the whole training side, or on several draws of a share of its groups. Of
     folds, answers to all items are put together before anything is scored: one answer for each.
@@ -128,6 +129,7 @@ def judge(
             presumes the scale of features after a layer norm; much smaller ones (shares of a histogram) it holds down.
         share: of the training groups, ``None`` for all of them; then ``shown`` holds the sides of each draw, for each
             fold, and metrics are averaged over the draws.
+        names: of the classes, for metrics of each (``metrics.class_scores``); none by default.
     """
     scored, episodes, notes = [], [], dict[str, None]()
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
@@ -156,16 +158,18 @@ def judge(
         predictions = torch.full((len(labels),), -1)
         predictions[asked] = predicted
         metrics = score(of_all, predicted, target[asked], classes)
+        if names:
+            metrics |= class_scores(predicted, target[asked], names)
         support = parts[0].train.tolist() if share is not None and len(parts) == 1 else None
         episodes.append(Episode(seed=own, support=support, metrics=metrics, predictions=predictions.tolist()))
         scored.append(Scored(asked, of_all, predicted, target[asked]))
         matrix += confusion(predicted, target[asked], classes)
     if len(split.parts) > 1:
         settings = {**settings, **trained_on(rounds[0], groups)}
-    bounds = None if shuffled else bootstrap(scored, groups, classes, seed=derive(seed, "bootstrap"))
+    bounds = None if shuffled else bootstrap(scored, groups, classes, seed=derive(seed, "bootstrap"), names=names)
     estimates = {}
-    for name in METRICS:
-        mean, std = summarise([episode.metrics[name] for episode in episodes])
+    for name in dict.fromkeys(name for episode in episodes for name in episode.metrics):
+        mean, std = summarise([episode.metrics[name] for episode in episodes if name in episode.metrics])
         low, high = (None, None) if bounds is None else bounds[name] or (None, None)
         if shuffled and std is not None:
             reach = SHUFFLED_T * std / len(episodes) ** 0.5

@@ -12,6 +12,7 @@ counted, and an invalid token is never masked, whatever happens to its place.
 """
 
 from fmsuite.core.masking.attention import attention_mask
+from fmsuite.core.masking.dirichlet import DirichletMasking
 from fmsuite.core.masking.noise import NoisePattern, coloured_noise
 from fmsuite.core.masking.patterns import (
     BlockPattern,
@@ -29,6 +30,7 @@ from fmsuite.core.masking.policies import (
 
 __all__ = [
     "BlockPattern",
+    "DirichletMasking",
     "GroupPattern",
     "InverseBlockPattern",
     "NoisePattern",

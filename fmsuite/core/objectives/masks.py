@@ -111,6 +111,7 @@ def pattern_for(
     size: tuple[int, ...],
     attention: bool = False,
     min_block: int | None = 4,
+    one_group: bool = False,
 ) -> Pattern:
     """The pattern that the loader draws. For the attention kinds, of which only the count matters, it is random.
 
@@ -121,6 +122,7 @@ def pattern_for(
         attention: the objective has a teacher that sees the whole view, whose attention it gives to ``attend``, and
             makes sure that this teacher can show it.
         min_block: smallest box where ``options.min_block`` is not given.
+        one_group: the pattern is drawn on the tokens of one channel group.
 
     Raises:
         UsageError: for options that do not fit each other, or the tokens.
@@ -155,6 +157,8 @@ def pattern_for(
             )
         return pattern
     axes, shape = grid.token_axes, grid.shape(size)
+    if one_group and len(grid.groups) > 1:
+        axes, shape = axes[1:], shape[1:]
     try:
         pattern.places(axes, shape, np.ones(math.prod(shape), dtype=bool))
     except UsageError as error:

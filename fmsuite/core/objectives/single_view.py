@@ -70,8 +70,12 @@ class SingleView(Objective):
         return (self.config.request(VIEW, self.size, self.mask_sampler()),)
 
     def whole_layout(self) -> TokenLayout:
-        """Of a view without invalid tokens, at the input's own spacing: the constructor tries positions on it."""
-        spacing = self.backbone.spec.spacing
+        """Of a view without invalid tokens, at the input's own spacing: the constructor tries positions on it. Where
+        each sample brings its own, it is 1."""
+        spec = self.backbone.spec
+        spacing = spec.spacing
+        if spacing is None and spec.spacing_unit != "px":
+            spacing = (1.0,) * len(spec.axes)
         return self.grid.layout(self.size, spacing=None if spacing is None else torch.tensor(spacing))
 
 
@@ -93,7 +97,11 @@ class MaskedView(SingleView):
 
     def __init__(self, config: MaskedViewConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.sampler = ratio_sampler(self, config, self.size, attention=self.teaches_masks)
+        self.sampler = self.make_sampler()
+
+    def make_sampler(self) -> MaskSampler:
+        """What draws the masks; of the constructor."""
+        return ratio_sampler(self, self.config, self.size, attention=self.teaches_masks)
 
     def mask_sampler(self) -> MaskSampler:
         return self.sampler

@@ -11,6 +11,7 @@ import numpy as np
 
 from fmsuite.core.evaluation.paired import paired_difference
 from fmsuite.core.evaluation.results import EncoderFacts, Estimate, Evaluation, Results
+from fmsuite.core.reports.normalised import spread_sentences
 from fmsuite.core.reports.wording import (
     chance_level,
     controlled,
@@ -125,7 +126,7 @@ def answer(results: Results) -> Answer:
         support.insert(1, missing)
     findings += [finding] if finding else []
     findings += _fewest(results, best) + _selection(results, shots, bool(controls))
-    sentences = [sentence for sentence in (*support, *shuffled) if sentence]
+    sentences = [sentence for sentence in (*support, *shuffled, *spread_sentences(results, best)) if sentence]
     return Answer(f"{who}{_control_clause(controls)}.", sentences, findings, best)
 
 
@@ -191,11 +192,13 @@ def _controls(results: Results, facts: EncoderFacts, best: Evaluation, shots: in
     untrained = [encoder for encoder in results.encoders if encoder.kind == "untrained"]
     own = [encoder for encoder in untrained if facts.name in controlled(encoder)]
     histograms = [encoder for encoder in results.encoders if encoder.kind == "histogram"]
+    means = [encoder for encoder in results.encoders if encoder.kind == "means"]
     constants = [encoder for encoder in results.encoders if encoder.kind == "constant"]
     candidates = [
         ("the same network untrained", own),
         ("an untrained network of another encoder", [] if own else untrained),
         (_histogram_name(histograms), histograms),
+        ("the means of the channels", means),
         ("the mean of the training side", constants),
     ]
     rivals = [_rival(results, best, [e.name for e in group], shots, called) for called, group in candidates]

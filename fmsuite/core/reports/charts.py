@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fmsuite.core.evaluation.results import Estimate
 from fmsuite.core.reports.svg import Axis, Plot, digits, drawing, mark_class, mark_path, path, short, spread, tag, text
 
 WIDTH, HEIGHT = 460.0, 300.0
@@ -15,6 +16,7 @@ LETTER, LONGEST_LABEL, LABEL_GAP = 7.4, 20, 15.0
 STEPS_HEIGHT = 220.0
 MOST_POINTS = 300
 MAP_SIDE, MAP_MARGIN = 400.0, 12.0
+DOTS_WIDTH, DOTS_TOP, ROW, DOT_GAP, LONGEST_ROW = 560.0, 22.0, 26.0, 11.0, 28
 SHUFFLED = "shuffled labels"
 
 Look = Literal["encoder", "control", "shuffled"]
@@ -121,6 +123,69 @@ def step_curves(
     if marked:
         said.append(f"{marked_as} at step {', '.join(map(str, marked))}.")
     return drawing(key, WIDTH, STEPS_HEIGHT, title, " ".join(said), "".join(parts))
+
+
+@dataclass(frozen=True)
+class Dots:
+    """
+    Attributes:
+        name: whose they are.
+        mark: colour and shape.
+        estimates: one for each row of the chart, ``None`` where there is none.
+    """
+
+    name: str
+    mark: int
+    estimates: Sequence[Estimate | None]
+
+
+def dot_rows(
+    key: str, rows: Sequence[str], dots: Sequence[Dots], *, title: str, x_label: str, chance: float | None = None
+) -> str:
+    """A line for each of several settings, with a mark and its interval for each encoder, one below the other.
+
+    Args:
+        key: unique on the page.
+        chance: where a line marks what guessing gives.
+    """
+    shown = [e for each in dots for e in each.estimates if e is not None]
+    ends = [value for e in shown for value in (e.mean, e.low, e.high) if value is not None]
+    x = Axis.linear(x_label, ends if chance is None else [*ends, chance])
+    left = min(max(map(len, rows)), LONGEST_ROW) * LETTER + 14
+    band = max(ROW, DOT_GAP * (len(dots) + 1))
+    height = DOTS_TOP + band * len(rows) + BOTTOM
+    plot = Plot(x, Axis("", 0, 1, ()), left, DOTS_TOP, DOTS_WIDTH - left - 14, band * len(rows))
+    parts = [plot.furniture()]
+    for value, _ in x.ticks:
+        across = plot.at(value, 0)[0]
+        parts.append(tag("line", class_="grid", x1=across, x2=across, y1=DOTS_TOP, y2=DOTS_TOP + plot.height))
+    if chance is not None:
+        level = plot.at(chance, 0)[0]
+        parts.append(tag("line", class_="chance", x1=level, x2=level, y1=DOTS_TOP, y2=DOTS_TOP + plot.height))
+        parts.append(tag("text", "chance", class_="tick", x=level, y=DOTS_TOP - 5, text_anchor="middle"))
+    said = []
+    for number, row in enumerate(rows):
+        top = DOTS_TOP + band * number
+        if number:
+            parts.append(tag("line", class_="grid", x1=left, x2=left + plot.width, y1=top, y2=top))
+        name = tag("title", text(row)) + text(short(row, LONGEST_ROW))
+        parts.append(tag("text", name, class_="tick", x=left - 8, y=top + band / 2 + 4, text_anchor="end"))
+        for place, each in enumerate(dots):
+            estimate = each.estimates[number]
+            if estimate is None:
+                continue
+            y = top + band * (place + 1) / (len(dots) + 1)
+            across = plot.at(estimate.mean, 0)[0]
+            written = f"{each.name}, {row}: {estimate.mean:.3f}"
+            drawn = []
+            if estimate.low is not None and estimate.high is not None:
+                bounds = [(plot.at(end, 0)[0], y) for end in (estimate.low, estimate.high)]
+                drawn.append(tag("path", class_=f"whisker {mark_class(each.mark)}", d=path(bounds)))
+                written += f" ({estimate.low:.3f} to {estimate.high:.3f})"
+            drawn.append(tag("path", class_=f"solid {mark_class(each.mark)}", d=mark_path(each.mark, across, y, 4.0)))
+            parts.append(tag("g", tag("title", text(written)), *drawn))
+            said.append(f"{written}.")
+    return drawing(key, DOTS_WIDTH, height, title, " ".join(said), "".join(parts))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fmsuite.core.evaluation.metrics import METRICS
 from fmsuite.core.evaluation.multilabel import METRICS as MULTILABEL
 from fmsuite.core.evaluation.regression import METRICS as REGRESSION
 from fmsuite.core.evaluation.results import Results
+from fmsuite.core.evaluation.retrieval import METRICS as RETRIEVED
 from fmsuite.core.reports.answer import Answer, answer
 from fmsuite.core.reports.blocks import (
     Album,
@@ -24,6 +25,7 @@ from fmsuite.core.reports.blocks import (
     skipped_list,
 )
 from fmsuite.core.reports.charts import Curve, Look, shot_curves
+from fmsuite.core.reports.normalised import spread_figure, spread_tables
 from fmsuite.core.reports.shares import share_figures
 from fmsuite.core.reports.sources import Comparison
 from fmsuite.core.reports.tables import (
@@ -33,6 +35,7 @@ from fmsuite.core.reports.tables import (
     Judged,
     Matrix,
     ScoreTable,
+    class_table,
     encoder_line,
     full_table,
     hardest,
@@ -68,10 +71,14 @@ class ComparisonSection:
     interval: str
     scale: str
     tables: list[ScoreTable]
+    by_class: ScoreTable | None
     full: FullTable
     metrics: list[tuple[str, str]]
     curves: list[Figure]
     shuffled_curves: bool
+    normalised: list[Figure]
+    normalised_tables: list[ScoreTable]
+    normalisations: list[tuple[str, str]]
     matrices: list[Matrix]
     matrices_of: str
     hard: list[Hard]
@@ -94,7 +101,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
     """
     results, exhibits = source.results, source.exhibits
     said = answer(results)
-    described = {**METRICS, **MULTILABEL, **REGRESSION}
+    described = {**METRICS, **MULTILABEL, **REGRESSION, **_retrieved(results)}
     best = said.best
     marks = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     same = same_setting(results, best) if best is not None else []
@@ -113,6 +120,7 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         interval=results.interval,
         scale=scale_note(results),
         tables=score_tables(results, marks),
+        by_class=class_table(results, best) if best is not None else None,
         full=full_table(results),
         metrics=[
             (metric_name(name), described[name])
@@ -121,6 +129,9 @@ def comparison_section(source: Comparison, key: str, keys: Iterator[str]) -> Com
         ],
         curves=[*_curves(results, marks, keys), *share_figures(results, marks, keys)],
         shuffled_curves=any(e.shuffled and e.shots is not None for e in results.evaluations),
+        normalised=spread_figure(results, best.method, marks, keys) if best else [],
+        normalised_tables=spread_tables(results),
+        normalisations=list(results.facts.normalisations.items()),
         matrices=[matrix(e, results.classes) for e in same if e.confusion],
         matrices_of=f"{method_name(best.method)}, {supervision(best.shots, results.unit, results.folds)}"
         if best
@@ -178,6 +189,16 @@ def _curves(results: Results, marks: dict[str, int], keys: Iterator[str]) -> lis
             )
             figures.append(Figure(svg, heading=method_name(method)))
     return figures
+
+
+def _retrieved(results: Results) -> dict[str, str]:
+    """What ``acc@5`` and the like are."""
+    names = dict.fromkeys(name for e in results.evaluations for name in e.metrics if "@" in name)
+    found = {}
+    for name in names:
+        kind, _, k = name.partition("@")
+        found[name] = RETRIEVED[f"{kind}@k"].replace("k nearest", f"{k} nearest")
+    return found
 
 
 def _notes(source: Comparison, more: Sequence[str]) -> list[str]:

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fmsuite.core.evaluation.metrics import BY_CLASS
 from fmsuite.core.evaluation.results import EncoderFacts, Evaluation, Results
+from fmsuite.core.evaluation.retrieval import RETRIEVAL
 from fmsuite.core.reports.wording import (
     chance_level,
     controlled,
@@ -59,7 +61,11 @@ class ScoreTable:
     groups: list[tuple[str, list[Row]]]
 
 
-BESIDE = {"balanced_accuracy": ("auroc",), "r2": ("mae", "rmse", "pearson"), "macro_auroc": ("map",)}
+BESIDE = {
+    "balanced_accuracy": ("auroc", "macro_f1"),
+    "r2": ("mae", "rmse", "pearson"),
+    "macro_auroc": ("map", "micro_map"),
+}
 """Metrics that have a table of their own beside the primary one."""
 ERRORS = ("mae", "rmse")
 """Metrics of which less is better."""
@@ -67,8 +73,8 @@ FINDING_METRICS = {"auroc": "AUROC", "map": "average precision"}
 
 GROUPS = (
     ("Encoders", ("encoder",), False),
-    ("Controls", ("untrained", "histogram", "constant"), False),
-    ("Controls with shuffled labels", ("encoder", "untrained", "histogram"), True),
+    ("Controls", ("untrained", "histogram", "means", "constant"), False),
+    ("Controls with shuffled labels", ("encoder", "untrained", "histogram", "means"), True),
 )
 
 
@@ -80,7 +86,11 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
     """
     metric = metric_name(results.primary)
     methods = list(dict.fromkeys(e.method for e in results.evaluations))
-    whole = [m for m in methods if any(e.method == m and e.shots is None for e in results.evaluations)]
+    whole = [
+        m
+        for m in methods
+        if any(e.method == m and e.shots is None and results.primary in e.metrics for e in results.evaluations)
+    ]
     tables = []
     if whole:
         columns: list[Column] = [(method_name(m), m, None, None, results.primary) for m in whole]
@@ -90,6 +100,10 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
             caption = f"{metric_name(other)}, {everything(results.folds)}"
             tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
         tables += _finding_tables(results, whole, marks)
+    if RETRIEVAL in methods:
+        names = list(dict.fromkeys(n for e in results.evaluations if e.method == RETRIEVAL for n in e.metrics))
+        columns = [(metric_name(name), RETRIEVAL, None, None, name) for name in names]
+        tables.append(_table(results, f"retrieval, {everything(results.folds)}", "encoder", columns, marks))
     for method in methods:
         shots = sorted({e.shots for e in results.evaluations if e.method == method and e.shots is not None})
         if shots:
@@ -141,8 +155,10 @@ def _table(
     """
     found = {(e.encoder, e.method, e.shots, e.fraction, e.shuffled): e for e in results.evaluations}
     tops = []
+    shown = {encoder.name for encoder in results.encoders if encoder.kind != "normalised"}
     for _, method, shots, part, metric in columns:
-        means = [of(e, metric).mean for key, e in found.items() if key[1:] == (method, shots, part, False)]
+        rest = (method, shots, part, False)
+        means = [of(e, metric).mean for key, e in found.items() if key[1:] == rest and key[0] in shown]
         finite = [mean for mean in means if math.isfinite(mean)]
         tops.append((max(finite) if higher else min(finite)) if len(finite) > 1 else math.nan)
     groups = []
@@ -189,8 +205,25 @@ class FullTable:
     rows: list[FullRow]
 
 
+def class_table(results: Results, best: Evaluation) -> ScoreTable | None:
+    """Each class by the answer's evaluation."""
+    rows = []
+    for name in results.classes if results.target == "classes" else ():
+        estimates = [best.metrics.get(f"{metric}/{name}") for metric in BY_CLASS]
+        if any(estimates):
+            cells = [Cell() if e is None else Cell(decimal(e.mean), interval(e)) for e in estimates]
+            rows.append(Row(name, cells))
+    if not rows:
+        return None
+    caption = f"Each class, {best.encoder}, {method_name(best.method)}, {everything(results.folds)}"
+    return ScoreTable(caption, "class", [metric_name(metric) for metric in BY_CLASS], [("Encoders", rows)])
+
+
 def full_table(results: Results) -> FullTable:
+    """Without the metrics of single classes, of which ``class_table`` and the files tell."""
     names = list(dict.fromkeys(name for e in results.evaluations for name in e.metrics))
+    if results.target == "classes":
+        names = [name for name in names if "/" not in name]
     rows = []
     for e in results.evaluations:
         cells = []
@@ -233,7 +266,9 @@ def same_setting(results: Results, best: Evaluation) -> list[Evaluation]:
     """The evaluations of every encoder with the method and shots of the best, with true labels."""
     order = {encoder.name: number for number, encoder in enumerate(results.encoders)}
     setting = (False, best.method, best.shots, best.fraction)
+    varied = {encoder.name for encoder in results.encoders if encoder.kind == "normalised"}
     found = [e for e in results.evaluations if (e.shuffled, e.method, e.shots, e.fraction) == setting]
+    found = [e for e in found if e.encoder not in varied]
     return sorted(found, key=lambda e: order[e.encoder])
 
 
@@ -317,13 +352,19 @@ KINDS = {
     "encoder": "encoder",
     "untrained": "control: untrained",
     "histogram": "control: histogram",
+    "means": "control: means of the channels",
     "constant": "control: one answer for all",
+    "normalised": "normalised otherwise",
 }
 
 
 def encoder_line(facts: EncoderFacts) -> EncoderLine:
     kind = KINDS[facts.kind] + (f", of {listed(owners)}" if (owners := controlled(facts)) else "")
+    if facts.variant_of:
+        kind = f"{facts.variant_of}, {KINDS[facts.kind]}"
     provenance = [(str(key), str(value)) for key, value in facts.provenance.items() if value not in (None, "", [], {})]
+    if facts.kind == "normalised":
+        provenance = []
     return EncoderLine(facts.name, kind, facts.dim, facts.pooling or "–", facts.identity, provenance)
 
 

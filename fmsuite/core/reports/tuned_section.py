@@ -58,6 +58,7 @@ class TunedSection:
     unit: str
     group_unit: str
     arms: list[ArmLine]
+    normalisations: list[tuple[str, str]]
     skipped: SkippedList
     repeat: Repeat
     notes: list[str]
@@ -104,6 +105,7 @@ def tuned_section(source: Tuned, key: str, keys: Iterator[str]) -> TunedSection:
         unit=unit,
         group_unit=group,
         arms=[_arm_line(results, name, *looks[name]) for name in looks],
+        normalisations=list(results.facts.normalisations.items()),
         skipped=skipped_list(source.skipped),
         repeat=repeat_of(results.facts),
         notes=[*results.notes, *source.notes],

@@ -24,13 +24,20 @@ METRIC_NAMES = {
     "macro_auroc": "mean AUROC",
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
+    "f1": "F1",
+    "iou": "IoU",
+    "mean_iou": "mean IoU",
     "map": "mean average precision",
+    "micro_map": "average precision of all labels together",
     "r2": "R²",
     "rmse": "RMSE",
     "mae": "mean absolute error",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
 }
+RETRIEVED = {"acc": "accuracy", "mv": "majority vote", "map": "mAP"}
+OF_ONE = {"auroc": "AUROC", "map": "AP", "iou": "IoU", "f1": "F1"}
+"""Metrics of one class or finding."""
 
 
 def decimal(value: float) -> str:
@@ -59,7 +66,10 @@ def method_name(key: str) -> str:
 def metric_name(key: str) -> str:
     metric, _, finding = key.partition("/")
     if finding:
-        return f"{'AUROC' if metric == 'auroc' else 'AP'} of {finding}"
+        return f"{OF_ONE.get(metric, metric)} of {finding}"
+    kind, at, k = key.partition("@")
+    if at:
+        return f"{RETRIEVED[kind]} at {k}"
     return METRIC_NAMES.get(key, key.replace("_", " "))
 
 

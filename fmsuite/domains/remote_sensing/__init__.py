@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fmsuite.domains.remote_sensing.domain import RemoteSensingDomain
+from fmsuite.domains.remote_sensing.patch import Patch, read_raster
 
-__all__ = ["RemoteSensingDomain"]
+__all__ = ["Patch", "RemoteSensingDomain", "read_raster"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fmsuite.core.data.adjust import Adjustment, affine
 from fmsuite.core.data.sample import Array, ArraySample, Sample
+from fmsuite.domains.remote_sensing.dates import some_dates
+from fmsuite.domains.remote_sensing.dropout import Dropout
+from fmsuite.domains.remote_sensing.sensors import Kind
 from fmsuite.tiling.symmetry import turned
 
 GAIN = 0.1
@@ -17,6 +20,8 @@ OFFSET = 0.02
 """Reflectance: standard deviation of each band's additive part, as a share of the band's mean in the window."""
 DECIBELS = 1.0
 """Backscatter: standard deviation of each band's shift, and of the shift that all bands share."""
+KELVINS = 2.0
+"""Temperature: the same."""
 BLUR = (0.3, 1.2)
 """Standard deviation of the blur in pixels, uniform."""
 BLUR_PROBABILITY = (0.5, 0.1)
@@ -25,24 +30,30 @@ BLUR_PROBABILITY = (0.5, 0.1)
 
 @dataclass(frozen=True)
 class RasterAugmentation:
-    """Flips and right-angle turns; at full strength radiometric jitter band by band, mild blur and missing bands too.
+    """Flips, right-angle turns and missing bands; at full strength radiometric jitter band by band and mild blur too.
 
     There is no hue, no greyscale and no JPEG: bands are measurements, and their ratios carry the meaning. Jitter
     acts on physical values, ``offset + scale * stored``; it and the blur are done on the device.
 
     Attributes:
-        kind: ``optical`` varies by factors, ``decibel`` by shifts.
+        kind: ``optical`` varies by factors, ``decibel`` and ``kelvin`` by shifts. Bands of one kind share a part.
         scale, offset: from stored to physical values.
-        band_dropout: probability that a band is marked missing; one band always stays.
+            All three are of all bands, or of each.
+        dropout: which bands are marked missing, at either strength.
+        dates: how many of a series a varied view shows; all if not given.
     """
 
-    kind: Literal["optical", "decibel"] = "optical"
-    scale: float = 1.0
-    offset: float = 0.0
-    band_dropout: float = 0.0
+    kind: Kind | Sequence[Kind] = "optical"
+    scale: float | Sequence[float] = 1.0
+    offset: float | Sequence[float] = 0.0
+    dropout: Dropout = field(default_factory=Dropout)
+    dates: int | None = None
 
     def before_crop(self, sample: Sample, strength: str, generator: np.random.Generator) -> Sample:
-        return sample
+        if self.dates is None or strength == "none":
+            return sample
+        assert isinstance(sample, ArraySample)
+        return some_dates(sample, self.dates, generator)
 
     def after_crop(
         self, sample: ArraySample, strength: str, second: bool, generator: np.random.Generator
@@ -51,33 +62,24 @@ class RasterAugmentation:
             return sample
         sample = turned(sample, int(generator.integers(4)), bool(generator.integers(2)))
         if strength == "weak":
-            return sample
+            return self.dropout(sample, generator)
         maps = self._jitter(len(sample.values), generator)[None]
         blurs = generator.random() < BLUR_PROBABILITY[second]
         sigma = float(generator.uniform(*BLUR))
         blur = np.zeros(sample.values.ndim - 1, dtype=np.float32)
         blur[-2:] = sigma if blurs else 0
-        sample = sample.replace(adjust=Adjustment(maps=maps, blur=blur))
-        return _without_bands(sample, self.band_dropout, generator) if self.band_dropout else sample
+        return self.dropout(sample.replace(adjust=Adjustment(maps=maps, blur=blur)), generator)
 
     def _jitter(self, bands: int, generator: np.random.Generator) -> Array:
         """(C, 2C + 1), a map of stored values that is a factor or a shift of physical ones."""
-        shared, own, shift = generator.normal(), generator.normal(size=bands), generator.normal(size=bands)
-        if self.kind == "decibel":
-            return affine(np.eye(bands), offset=DECIBELS * (shared + own) / self.scale)
+        kinds = np.broadcast_to(np.asarray(self.kind), bands)
+        scale, offset = (np.broadcast_to(np.asarray(value, np.float64), bands) for value in (self.scale, self.offset))
+        shares = {kind: generator.normal() for kind in dict.fromkeys(kinds.tolist())}
+        shared = np.array([shares[kind] for kind in kinds.tolist()])
+        own, shift = generator.normal(size=bands), generator.normal(size=bands)
+        optical = kinds == "optical"
         factor, of_mean = np.exp(GAIN * (shared + own)), OFFSET * shift
-        return affine(np.diag(factor), np.diag(of_mean), (factor + of_mean - 1) * self.offset / self.scale)
-
-
-def _without_bands(sample: ArraySample, probability: float, generator: np.random.Generator) -> ArraySample:
-    bands = len(sample.values)
-    draws = generator.random(bands)
-    dropped = draws < probability
-    if dropped.all():
-        dropped[int(draws.argmax())] = False
-    valid = np.ones(sample.values.shape, dtype=bool) if sample.valid is None else sample.valid
-    valid = np.broadcast_to(valid, sample.values.shape).copy()
-    valid[dropped] = False
-    values = sample.values.copy()
-    values[dropped] = 0
-    return sample.replace(values=values, valid=valid)
+        shifts = np.where(kinds == "kelvin", KELVINS, DECIBELS) * (shared + own)
+        factor, of_mean = np.where(optical, factor, 1), np.where(optical, of_mean, 0)
+        moved = np.where(optical, (factor + of_mean - 1) * offset, shifts)
+        return affine(np.diag(factor), np.diag(of_mean), moved / scale)

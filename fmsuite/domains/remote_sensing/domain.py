@@ -21,9 +21,8 @@ from fmsuite.domains.remote_sensing.metadata import describe, reader_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.pictures import draw
 from fmsuite.domains.remote_sensing.places import PlaceOptions
-from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
 from fmsuite.domains.remote_sensing.scene import RasterScene, raster_scene
-from fmsuite.domains.remote_sensing.stack import open_stack
 from fmsuite.errors import UsageError
 from fmsuite.tiling.preview import draw_windows, picture_path
 from fmsuite.tiling.table import windows_by_source
@@ -98,7 +97,7 @@ class RemoteSensingDomain(Domain):
             offset=usual.offset,
             clip=usual.clip,
             spacing=spacing,
-            spacing_unit="px" if spacing is None else "m",
+            spacing_unit="m" if facts["spaced"] or spacing is not None else "px",
         )
 
     def reader(self, index: SampleIndex) -> RasterReader:
@@ -116,7 +115,10 @@ class RemoteSensingDomain(Domain):
         return raster_scene(self.reader(index), source)
 
     def augmentation(self, spec: InputSpec) -> RasterAugmentation:
-        return RasterAugmentation(self.options.spectral.kind, spec.scale, spec.offset, self.options.band_dropout)
+        options = self.options
+        kinds = tuple(options.kind_of(name) for name in spec.channel_names)
+        scales, offsets = zip(*((q.scale, q.offset) for q in spec.quantifications), strict=True)
+        return RasterAugmentation(kinds, scales, offsets, options.dropout(spec), options.dates_per_sample)
 
     def to_rgb(self, values: np.ndarray, spec: InputSpec) -> np.ndarray:
         """True colour, radar false colour or grey; dates of a series side by side; nodata chequered in magenta."""
@@ -151,7 +153,7 @@ class RemoteSensingDomain(Domain):
     def _quicklook(self, index: SampleIndex, source: str) -> Overview:
         options, spec = _options_of(index), self.input_spec(index)
         flat = spec.model_copy(update={"axes": ("y", "x"), "size": spec.size[-2:], "spacing": None})
-        stack = open_stack(reader_of(index, options).files_of(source)[0][1], options)
+        stack = open_date(reader_of(index, options).files_of(source)[0][1], options)
         try:
             values = stack.overview(spec.channel_names, PREVIEW_SIZE)
             pitch = (stack.height / values.shape[1], stack.width / values.shape[2])

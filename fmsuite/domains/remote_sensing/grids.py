@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def pixel_ratio(fine: Grid, coarse: Grid) -> tuple[int, int] | None:
         return None
     if (height, width, fine_transform) == (rows, columns, coarse_transform):
         return 1, 1
-    to_fine = np.linalg.solve(_matrix(fine_transform), _matrix(coarse_transform))
+    to_fine = np.linalg.solve(matrix(fine_transform), matrix(coarse_transform))
     down, across = max(1, round(to_fine[1, 1])), max(1, round(to_fine[0, 0]))
     # Where the extent is no multiple, the coarse grid's last pixels reach beyond it or are left out.
     if not (abs(rows * down - height) < down and abs(columns * across - width) < across):
@@ -36,7 +37,21 @@ def pixel_ratio(fine: Grid, coarse: Grid) -> tuple[int, int] | None:
     return down, across
 
 
-def _matrix(transform: Sequence[float]) -> np.ndarray:
+def crs_text(crs: Any) -> str:
+    """A rasterio CRS as the shortest text that means it; ``"None"`` for none."""
+    return "None" if crs is None else _shortest(crs.to_wkt())
+
+
+@lru_cache(maxsize=256)
+def _shortest(wkt: str) -> str:
+    # To find a code among thousands takes a fifth of a second.
+    from rasterio.crs import CRS
+
+    return str(CRS.from_wkt(wkt).to_string())
+
+
+def matrix(transform: Sequence[float]) -> np.ndarray:
+    """(3, 3), from (column, row, 1) to map coordinates."""
     return np.array([*transform, 0, 0, 1], dtype=np.float64).reshape(3, 3)
 
 

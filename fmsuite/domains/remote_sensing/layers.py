@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from fmsuite.core.inputs import Quantification
-from fmsuite.domains.remote_sensing.sensors import SENSORS, Sensor, find_sensor
-from fmsuite.errors import nearest
+from fmsuite.domains.remote_sensing.sensors import SENSORS, Kind, Sensor, find_sensor
+from fmsuite.errors import UsageError, nearest
 
 
 def compiles(pattern: str | None) -> str | None:
@@ -28,31 +28,39 @@ class FilesOptions(BaseModel):
     """What is known about files of one sensor.
 
     Attributes:
-        sensor: one of ``SENSORS``; it names the bands and knows how stored values become physical ones.
+        sensor: one of ``fmsuite list sensors``, or a YAML file that describes another; it names the bands and knows how
+            stored values become physical ones. What a file says is kept in the index.
         file_bands: the bands of a file in the order in which it stores them, for files that do not describe them.
         band_pattern: regular expression with the group ``band``, searched for in the names of files of one band each;
             what it matches is no part of the scene's name. Without it, a band of the sensor that stands between
             separators in a name is understood where several files differ in nothing else.
         nodata: a value that means "no data" even where the file does not declare it (a declared one always counts).
-        scale, offset, clip: how stored values become physical ones, where the sensor's own are wrong.
+        values: ``counts`` are stored values that the sensor's scale and offset make physical. ``reflectance`` (or
+            temperature, in bands that have one) has been made already, and is taken as it is. Scale and offset tags of
+            a file count in either case. A file whose values contradict it by orders of magnitude is skipped.
+        scale, offset, clip: how stored values become physical ones, where the sensor's own are wrong; in bands that
+            have none of their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sensor: str = "generic"
+    sensor: str | Sensor = "generic"
     file_bands: tuple[str, ...] | None = None
     band_pattern: str | None = None
     nodata: float | None = None
+    values: Literal["counts", "reflectance"] = "counts"
     scale: float | None = None
     offset: float | None = None
     clip: tuple[float, float] | None = None
 
-    @field_validator("sensor")
+    @field_validator("sensor", mode="before")
     @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in SENSORS:
-            raise ValueError(f"there is no sensor '{name}'. {nearest(name, SENSORS)}")
-        return name
+    def _known(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        sensor = find_sensor(given)
+        # A file may change or be elsewhere when the index is read.
+        return given if given in SENSORS else sensor
 
     @field_validator("band_pattern")
     @classmethod
@@ -67,31 +75,35 @@ class FilesOptions(BaseModel):
             raise ValueError(f"clip {self.clip} is empty")
         if self.scale == 0:
             raise ValueError("a scale of 0 makes every value equal")
+        if self.values != "counts":
+            if self.spectral.kind != "optical" or not self.spectral.bands:
+                raise ValueError(f"values: {self.values} has no meaning for {self.spectral.name}")
+            if (self.scale, self.offset) != (None, None):
+                raise ValueError(f"values: {self.values} beside scale and offset: leave one of them out")
         refuse_names("file_bands", self.file_bands)
+        known = self.spectral.band_names
         for name in self.file_bands or ():
-            if self.spectral.bands and name not in self.spectral.band_names:
-                raise ValueError(
-                    f"{self.sensor} has no band '{name}' in file_bands. {nearest(name, self.spectral.band_names)}"
-                )
+            if known and name not in known:
+                raise ValueError(f"{self.spectral.name} has no band '{name}' in file_bands. {nearest(name, known)}")
         return self
 
     @property
     def spectral(self) -> Sensor:
         """The sensor's facts."""
-        return find_sensor(self.sensor)
-
-    @property
-    def quantification(self) -> Quantification:
-        """Of bands that have no other; the sensor's own clip only with its own scale and offset."""
-        sensor = self.spectral
-        own = self.scale is None and self.offset is None
-        scale = sensor.scale if self.scale is None else self.scale
-        offset = sensor.offset if self.offset is None else self.offset
-        return Quantification(scale=scale, offset=offset, clip=self.clip or (sensor.clip if own else None))
+        return self.sensor if isinstance(self.sensor, Sensor) else find_sensor(self.sensor)
 
     def quantification_of(self, band: str) -> Quantification:
-        """Of one band."""
-        return self.quantification
+        """Of one band; the sensor's own clip only with its own scale and offset."""
+        sensor = self.spectral
+        own = sensor.quantification_of(band)
+        if self.values == "reflectance":
+            return Quantification(clip=self.clip or own.clip)
+        if band in sensor.band_names and sensor.band(band).own_values:
+            return own
+        if self.scale is None and self.offset is None:
+            return own.model_copy(update={"clip": self.clip or own.clip})
+        scale = own.scale if self.scale is None else self.scale
+        return Quantification(scale=scale, offset=own.offset if self.offset is None else self.offset, clip=self.clip)
 
 
 class Layer(FilesOptions):
@@ -116,7 +128,7 @@ class Layer(FilesOptions):
 
     @property
     def title(self) -> str:
-        return self.name or self.sensor
+        return self.name or self.spectral.name
 
 
 class LayerOptions(FilesOptions):
@@ -193,6 +205,26 @@ class LayerOptions(FilesOptions):
         layer, band = self.layer_of(channel)
         sensor = self.layout[layer].spectral
         return sensor.band(band).wavelength if band in sensor.band_names else None
+
+    def published(self, channel: str) -> tuple[float, float]:
+        """Mean and standard deviation of a band in the sensor's specification.
+
+        Raises:
+            UsageError: if there are none.
+        """
+        layer, band = self.layer_of(channel)
+        sensor = self.layout[layer].spectral
+        known = sensor.band(band) if band in sensor.band_names else None
+        if known is None or known.mean is None or known.std is None:
+            raise UsageError(
+                f"data.statistics: {sensor.name} has no published mean and std of {band}.", "Set statistics: data."
+            )
+        return known.mean, known.std
+
+    def kind_of(self, channel: str) -> Kind:
+        """What may vary in its values."""
+        layer, band = self.layer_of(channel)
+        return self.layout[layer].spectral.kind_of(band)
 
     @property
     def known_channels(self) -> tuple[str, ...]:

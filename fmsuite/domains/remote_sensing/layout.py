@@ -11,15 +11,18 @@ import numpy as np
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.domains.remote_sensing.blocks import BlockGrid, refuse_narrow_blocks
 from fmsuite.domains.remote_sensing.ground import Frame
+from fmsuite.domains.remote_sensing.metres import area_inflation
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.places import PLACES
 from fmsuite.domains.remote_sensing.placing import Cut, Laid, lay_places
-from fmsuite.domains.remote_sensing.raster import area_inflation
+from fmsuite.domains.remote_sensing.region import region_box
 from fmsuite.domains.remote_sensing.scenes import Unit
 from fmsuite.errors import ReadFailure, UsageError
 from fmsuite.tiling.grid import window_grid
 from fmsuite.tiling.labels import SourceLabel, refuse_shared_groups
 
+WINDOWS = "windows"
+"""The stage of a source that can be read and has no window worth it."""
 UNPLACED = "it has no place on Earth (no coordinate system or no geotransform), which data.{option} needs."
 GEOREFERENCE = "Georeference it with `gdal_edit -a_srs -a_ullr`, or leave the option out."
 _WHOLE = 1e-6
@@ -56,14 +59,32 @@ class Layout:
 
 
 def cut_of(unit: Unit, options: RemoteSensingOptions) -> Cut:
-    """How windows are cut from a raster."""
+    """How windows are cut from a raster, or from the part of it that is in ``options.region``.
+
+    Raises:
+        ReadFailure: if no window fits into the region.
+    """
     step = (1.0, 1.0)
     if options.gsd is not None and unit.metres is not None:
         step = (options.gsd / unit.metres[0], options.gsd / unit.metres[1])
     closest = 1 if options.places is not None and options.place_windows == "centre" else options.size
     stride = options.stride or closest
     extent = (options.size * step[0], options.size * step[1])
-    return Cut(unit.shape, extent, (stride * step[0], stride * step[1]), step, native=options.gsd is None)
+    top, left, bottom, right = region_box(unit.grid, options, unit.source)
+    # All windows of a raster lie on one grid of samples, which begins with it, as its scene's and its packed copy's do.
+    begin = np.ceil(np.array([top, left]) / step - _WHOLE) * step
+    lengths = np.floor(np.array([bottom, right]) / step + _WHOLE) * step - begin
+    if options.region is not None and (lengths < np.asarray(extent) - _WHOLE * np.asarray(step)).any():
+        raise ReadFailure(
+            unit.source,
+            WINDOWS,
+            f"{lengths[0]:.0f}x{lengths[1]:.0f} of its pixels are in data.region, less than a window of "
+            f"{extent[0]:.0f}x{extent[1]:.0f}.",
+            "Make the region larger, or data.size or data.gsd smaller.",
+        )
+    rows, columns = (float(length) for length in np.maximum(lengths, step))
+    origin = (float(begin[0]), float(begin[1]))
+    return Cut((rows, columns), extent, (stride * step[0], stride * step[1]), step, options.gsd is None, origin)
 
 
 def plan_layouts(
@@ -85,14 +106,17 @@ def plan_layouts(
         return {unit.source: {} for unit in units}
     option = "block" if options.places is None else "places"
     placed: dict[str, Frame] = {}
+    cuts: dict[str, Cut] = {}
     for unit in units:
-        if unit.metres is None:
-            skipped.add_failure(ReadFailure(unit.source, "metadata", UNPLACED.format(option=option), GEOREFERENCE))
-        else:
+        try:
+            if unit.metres is None:
+                raise ReadFailure(unit.source, "metadata", UNPLACED.format(option=option), GEOREFERENCE)
+            cuts[unit.source] = cut_of(unit, options)
             placed[unit.source] = Frame(*unit.grid)
+        except ReadFailure as failure:
+            skipped.add_failure(failure)
     if not placed:
         return {}
-    cuts = {unit.source: cut_of(unit, options) for unit in units if unit.source in placed}
     plans: dict[str, dict[str, Any]] = {source: {"frame": asdict(frame)} for source, frame in placed.items()}
     if options.places is not None:
         laid, facts = lay_places(placed, cuts, options, skipped)
@@ -120,11 +144,7 @@ def lay_out(cut: Cut, plan: Mapping[str, Any]) -> Layout:
     """
     laid = plan.get("laid")
     if laid is None:
-        # The last window ends with the last whole sample: all lie on one grid of samples, as a scene or a packed copy
-        # has it.
-        step = np.asarray(cut.step)
-        whole = np.maximum(np.floor(np.asarray(cut.shape) / step + _WHOLE), 1) * step
-        layout = Layout(window_grid(tuple(whole), cut.extent, cut.stride, edges="shift"))
+        layout = Layout(window_grid(cut.shape, cut.extent, cut.stride, origin=cut.origin, edges="shift"))
     else:
         corners = np.array(laid["corners"], dtype=np.float64).reshape(-1, 2)
         layout = Layout(corners, list(laid["labels"]), list(laid["groups"]), list(laid["splits"]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +22,18 @@ from fmsuite.errors import ReadFailure
 from fmsuite.tiling.table import spread_rows
 from fmsuite.tiling.tasks import SourceFacts
 
+_log = logging.getLogger(__name__)
+
 
 def describe(
     index: SampleIndex, found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped: SkippedLog
 ) -> dict[str, Any]:
-    """The metadata of an index. ``files`` has, of each source that is more than its one file, the dates: pairs of a day
-    (``null`` outside of series) and the files of that day; ``map_classes`` the texts that number the classes of a map
-    of polygons, class 0 first."""
+    """The metadata of an index.
+
+    ``files`` has, of each source that is more than its one file, the dates: pairs of a day (``null`` outside of series)
+    and the files of that day. ``crs`` says how many sources have which coordinate system, ``map_classes`` the texts
+    that number the classes of a map of polygons, class 0 first.
+    """
     facts = [source.facts for source in found]
     metres = [fact["metres"] for fact in facts]
     metadata: dict[str, Any] = {
@@ -38,9 +46,13 @@ def describe(
             fact["dates"][0][1][0]: fact["dates"] for fact in facts if options.series or len(fact["dates"][0][1]) > 1
         },
     }
+    systems = Counter(_short(fact["crs"]) for fact in facts)
+    metadata["crs"] = dict(systems.most_common())
+    if len(systems) > 1:
+        _log.warning("%s", _several(systems, metres, options))
+    metadata |= layout_metadata(facts, options)
     if options.map_column:
         metadata["map_classes"] = class_texts(options)
-    metadata |= layout_metadata(facts, options)
     metadata["statistics"] = _statistics(SampleIndex(index.table, metadata), options, skipped)
     return metadata
 
@@ -50,6 +62,22 @@ def reader_of(index: SampleIndex, options: RemoteSensingOptions) -> RasterReader
     facts = index.metadata
     files = {source: frozen(dates) for source, dates in facts.get("files", {}).items()}
     return RasterReader(options, tuple(facts["bands"]), facts["dtype"], facts["spaced"], files)
+
+
+def _several(systems: Counter[str], metres: Sequence[tuple[float, float] | None], options: RemoteSensingOptions) -> str:
+    which = ", ".join(f"{name} ({count})" for name, count in systems.most_common())
+    said = f"The rasters are in {len(systems)} coordinate systems: {which}. Each is read on its own grid"
+    if options.gsd is not None:
+        return f"{said}, at {options.gsd:g} m."
+    if _common_spacing(metres, options) is not None:
+        return f"{said}; their pixels have the same size on the ground."
+    return f"{said}, and their pixels differ in size on the ground: set data.gsd for one size."
+
+
+def _short(system: str) -> str:
+    """The name of a coordinate system that has no code."""
+    named = re.match(r'\w+\["([^"]*)"', system)
+    return named[1] if named else system if system != "None" else "none"
 
 
 def _common_spacing(metres: Sequence[tuple[float, float] | None], options: RemoteSensingOptions) -> list[float] | None:
@@ -63,7 +91,9 @@ def _common_spacing(metres: Sequence[tuple[float, float] | None], options: Remot
 
 
 def _statistics(index: SampleIndex, options: RemoteSensingOptions, skipped: SkippedLog) -> list[list[float]]:
-    """[mean, std] of each band, physical units, over windows evenly spread through the index."""
+    """[mean, std] of each band, physical units: the sensor's, or over windows evenly spread through the index."""
+    if options.statistics == "sensor":
+        return [list(options.published(name)) for name in index.metadata["bands"]]
     reader = reader_of(index, options)
     collected = BandStatistics([options.quantification_of_channel(name) for name in index.metadata["bands"]])
     for row in spread_rows(len(index), options.statistics_windows):

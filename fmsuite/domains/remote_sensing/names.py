@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from fmsuite.domains.remote_sensing.dates import Taken, date_in_name, taken_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.sensors import Sensor
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.sources import SourceFile
 
-EPOCH = datetime.date(2000, 1, 1)
 _SEPARATORS = "_-. "
 _RESOLUTION_FOLDER = re.compile(r"R\d+m", re.IGNORECASE)
 """In SAFE folders, bands of one scene are apart by their resolution."""
@@ -53,14 +53,20 @@ class _Parts:
     layer: int
     band: str | None
     whole: str
+    place: str | None
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.folder, self.left, self.day, self.layer
+        return _without_resolution(self.folder), self.left, self.day, self.layer
 
 
-def read_names(files: Sequence[SourceFile], options: RemoteSensingOptions) -> list[Name | ReadFailure]:
+def read_names(
+    files: Sequence[SourceFile], options: RemoteSensingOptions, dates: Mapping[Path, Taken] | None = None
+) -> list[Name | ReadFailure]:
     """Of each file, what its name says, or why it says nothing.
+
+    Args:
+        dates: what ``data.dates`` says of files, if it is given.
 
     The scene is what is left of the path below the given folder without suffix, date, band and layer. Folders that
     hold files of one layer each tell the layer and not the place, and are left out, if all do.
@@ -68,7 +74,7 @@ def read_names(files: Sequence[SourceFile], options: RemoteSensingOptions) -> li
     found: list[_Parts | ReadFailure] = []
     for file in files:
         try:
-            found.append(_parts(file, options))
+            found.append(_parts(file, options, dates))
         except ReadFailure as failure:
             found.append(failure)
     parts = [each for each in found if isinstance(each, _Parts)]
@@ -131,9 +137,13 @@ def band_of(path: str, layer: int, options: RemoteSensingOptions) -> tuple[str, 
     text = match["band"]
     band = own.spectral.recognise(text) if own.spectral.bands else text
     if not band:
-        known = ", ".join(own.spectral.band_names)
+        sensor = own.spectral
+        known = f"{sensor.name} has {', '.join(sensor.band_names)}"
         raise ReadFailure(
-            path, "metadata", f"its name says that it is the band '{text}'; {own.sensor} has {known}.", "Leave it out."
+            path,
+            "metadata",
+            f"its name says that it is the band '{text}'; {known}.",
+            "Leave it out.",
         )
     return band, match.span()
 
@@ -163,13 +173,18 @@ def _band_expression(texts: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile(rf"(?<![0-9a-z])(?P<band>{choices})(?:_\d+m)?(?![0-9a-z])", re.IGNORECASE)
 
 
-def _parts(file: SourceFile, options: RemoteSensingOptions) -> _Parts:
+def _parts(file: SourceFile, options: RemoteSensingOptions, dates: Mapping[Path, Taken] | None) -> _Parts:
     path, name = str(file.path), file.path.name
     layer, match = layer_of(path, options)
     spans = [match.span()] if match is not None else []
-    day = None
-    if options.series:
-        day, span = _day(path, name, options)
+    day = place = None
+    if dates is not None:
+        taken, dated = taken_of(file, dates, options.date_pattern)
+        day, place = taken.day, taken.place
+        # A name that says nothing of the date says nothing of the place either: then that is the folder's.
+        spans.append(dated if dated is not None else (0, len(name)))
+    elif options.series:
+        day, span = date_in_name(path, name, options.date_pattern)
         spans.append(span)
     held = band_of(path, layer, options)
     whole = _without(name.removesuffix(file.suffix), spans)
@@ -185,6 +200,7 @@ def _parts(file: SourceFile, options: RemoteSensingOptions) -> _Parts:
         layer,
         band,
         whole,
+        place,
     )
 
 
@@ -197,8 +213,8 @@ def _name(parts: _Parts, of_bands: bool, apart: bool, options: RemoteSensingOpti
     file, layer = parts.file, options.layout[parts.layer]
     of_bands = of_bands or (layer.band_pattern is not None and parts.band is not None)
     folder, left = parts.folder, parts.left if of_bands else parts.whole
-    if of_bands and _RESOLUTION_FOLDER.fullmatch(posixpath.basename(folder)):
-        folder = posixpath.dirname(folder)
+    if of_bands:
+        folder = _without_resolution(folder)
     if apart and left:
         folder = posixpath.dirname(folder)
     if options.series or options.layers is not None or of_bands:
@@ -206,8 +222,8 @@ def _name(parts: _Parts, of_bands: bool, apart: bool, options: RemoteSensingOpti
         scene = posixpath.join(folder, left).rstrip("/") or file.root.name
     else:
         scene = file.group
-    place = scene
-    if options.place_pattern is not None:
+    place = parts.place or scene
+    if options.place_pattern is not None and parts.place is None:
         found = re.search(options.place_pattern, file.path.name)
         if found is None:
             raise ReadFailure(
@@ -217,17 +233,8 @@ def _name(parts: _Parts, of_bands: bool, apart: bool, options: RemoteSensingOpti
     return Name(place if options.series else scene, place, parts.day, parts.layer, parts.band if of_bands else None)
 
 
-def _day(path: str, name: str, options: RemoteSensingOptions) -> tuple[float, tuple[int, int]]:
-    found = re.search(options.date_pattern, name)
-    if found is None:
-        raise ReadFailure(path, "metadata", "no date in its name.", "Set data.date_pattern, or series: false.")
-    try:
-        date = datetime.date(*(int(found[part]) for part in ("year", "month", "day")))
-    except ValueError as error:
-        raise ReadFailure(
-            path, "metadata", f"'{found[0]}' in its name is not a date ({error}).", "Set data.date_pattern."
-        ) from error
-    return float((date - EPOCH).days), found.span()
+def _without_resolution(folder: str) -> str:
+    return posixpath.dirname(folder) if _RESOLUTION_FOLDER.fullmatch(posixpath.basename(folder)) else folder
 
 
 def _without(stem: str, spans: Sequence[tuple[int, int]]) -> str:

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fmsuite.domains.base import DomainOptions
 from fmsuite.domains.remote_sensing.blocks import BlockOptions
+from fmsuite.domains.remote_sensing.clouds import CloudOptions
+from fmsuite.domains.remote_sensing.dates import DateOptions
+from fmsuite.domains.remote_sensing.dropout import DropoutOptions
 from fmsuite.domains.remote_sensing.layers import LayerOptions, compiles, refuse_names
 from fmsuite.domains.remote_sensing.maps import MapOptions
 from fmsuite.domains.remote_sensing.places import PlaceOptions
+from fmsuite.domains.remote_sensing.region import RegionOptions
 from fmsuite.domains.remote_sensing.sensors import BAND_GROUPS
 from fmsuite.errors import nearest
 from fmsuite.tiling.labels import LabelOptions
 
-DATE = r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day>0[1-9]|[12]\d|3[01])(?!\d)"
-"""Finds 20240131, 2024-01-31 and 2024_01_31 in a file name."""
 
-
-class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions, PlaceOptions, BlockOptions):
+class RemoteSensingOptions(
+    DomainOptions,
+    LayerOptions,
+    RegionOptions,
+    DateOptions,
+    CloudOptions,
+    MapOptions,
+    LabelOptions,
+    PlaceOptions,
+    BlockOptions,
+    DropoutOptions,
+):
     """How rasters become windows, and what is known about the rasters.
 
-    The latter is in the options of ``LayerOptions`` (sensors), ``MapOptions`` and ``LabelOptions``: a group is a scene,
-    and a line of a labels file may also name a place (see ``place_pattern`` and ``series``). ``PlaceOptions`` have
-    windows around labelled places instead of a grid, ``BlockOptions`` make groups of the ground.
+    The latter is in the options of ``LayerOptions`` (sensors), ``RegionOptions`` (which part of them), ``DateOptions``,
+    ``CloudOptions``, ``MapOptions`` and ``LabelOptions``: a group is a scene, and a line of a labels file may also name
+    a place (see ``place_pattern`` and ``series``). ``PlaceOptions`` have windows around labelled places instead of a
+    grid, ``BlockOptions`` make groups of the ground, ``DropoutOptions`` say what is hidden in training.
 
     Attributes:
         bands: which bands, in the wanted order; by default all that most of the files have. A file that lacks one of
             them is skipped.
         groups: how bands share tokens: ``none`` puts all of them into each token, ``satmae`` makes three tokens a
             place, ``sensors`` one for each layer, a mapping of group names to band names makes its own.
+        palette: of files whose values are entries of a colour table: ``rgb`` reads three bands, red, green and blue,
+            through the table; ``index`` reads the entries. Without it they are refused, as entries are no measurements.
+        statistics: mean and standard deviation of each band: ``data`` computes them from these windows, ``sensor``
+            takes the published ones of the sensor.
         size: side of a window in pixels, after resampling.
         stride: distance between windows in the same pixels; the size if not given (no overlap).
         gsd: metres a pixel; ``None`` reads the pixels as they are stored.
@@ -42,14 +58,12 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions
         statistics_windows: how many windows, evenly spread over the index, the statistics are taken from.
         place_pattern: regular expression, searched for in the file name; what it matches (its first group, if it has
             one) names the place. Windows of one place belong to one group, and with ``series`` to one time series.
-        series: files of one place become one time series, axes (time, y, x). Without a ``place_pattern`` the place
-            is the file's path below the given folder, without the date, suffix and separators at its ends.
-        date_pattern: regular expression with the groups ``year``, ``month`` and ``day``, for ``series``.
-        band_dropout: probability that the strong augmentation marks a band as missing.
     """
 
     bands: tuple[str, ...] | None = None
     groups: Literal["none", "satmae", "sensors"] | dict[str, tuple[str, ...]] = "none"
+    palette: Literal["rgb", "index"] | None = None
+    statistics: Literal["data", "sensor"] = "data"
     size: int = Field(default=64, ge=8)
     stride: int | None = Field(default=None, ge=1)
     gsd: float | None = Field(default=None, gt=0)
@@ -57,11 +71,8 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions
     percentiles: tuple[float, float] = (0.5, 99.5)
     statistics_windows: int = Field(default=256, ge=1)
     place_pattern: str | None = None
-    series: bool = False
-    date_pattern: str = DATE
-    band_dropout: float = Field(default=0.0, ge=0, lt=1)
 
-    @field_validator("place_pattern", "date_pattern")
+    @field_validator("place_pattern")
     @classmethod
     def _is_an_expression(cls, pattern: str | None) -> str | None:
         return compiles(pattern)
@@ -73,10 +84,6 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
             raise ValueError(f"percentiles {self.percentiles} are not an increasing pair within 0 to 100")
-        if not {"year", "month", "day"} <= set(re.compile(self.date_pattern).groupindex):
-            raise ValueError("date_pattern needs the named groups year, month and day: (?P<year>...)")
-        if self.date_pattern != DATE and not self.series:
-            raise ValueError("date_pattern has a meaning only with series: true")
         refuse_names("bands", self.bands)
         for name in self.bands or ():
             self._need_channel(name)
@@ -87,6 +94,9 @@ class RemoteSensingOptions(DomainOptions, LayerOptions, MapOptions, LabelOptions
             raise ValueError(f"groups hold {', '.join(members)} but bands are {', '.join(self.bands)}")
         if self.groups == "satmae" and not {*members} <= {*self.known_channels}:
             raise ValueError("groups: satmae needs a Sentinel-2 sensor")
+        if self.statistics == "sensor":
+            for name in self.bands or self.known_channels or ("",):
+                self.published(name)
         if self.groups == "sensors" and self.layers is None:
             raise ValueError("groups: sensors needs several layers")
         return self

@@ -17,27 +17,44 @@ _STRETCH = (2.0, 98.0)
 
 
 def colour_bands(channels: Sequence[Channel]) -> tuple[int, int, int] | None:
-    """Positions of red, green and blue, by name or by wavelength; ``None`` where one is missing."""
-    found = []
-    for colour, (low, high, best) in VISIBLE.items():
-        named = [i for i, channel in enumerate(channels) if channel.name.lower() in (colour, colour[0])]
-        seen = [
-            (abs(c.wavelength - best), i) for i, c in enumerate(channels) if c.wavelength and low <= c.wavelength < high
-        ]
-        if not named and not seen:
-            return None
-        found.append(named[0] if named else min(seen)[1])
-    return found[0], found[1], found[2]
+    """Positions of red, green and blue of one sensor, by name or by wavelength; ``None`` where one is missing."""
+    for sensor in dict.fromkeys(_sensor(channel) for channel in channels):
+        own = [(i, channel) for i, channel in enumerate(channels) if _sensor(channel) == sensor]
+        found = []
+        for colour, (low, high, best) in VISIBLE.items():
+            named = [i for i, channel in own if channel.name.lower() in (colour, colour[0])]
+            seen = [(abs(c.wavelength - best), i) for i, c in own if c.wavelength and low <= c.wavelength < high]
+            if named or seen:
+                found.append(named[0] if named else min(seen)[1])
+        if len(found) == 3:
+            return found[0], found[1], found[2]
+    return None
+
+
+def radar_bands(channels: Sequence[Channel]) -> tuple[int, int] | None:
+    """Positions of VV and VH of one sensor."""
+    names = [channel.name for channel in channels]
+    for prefix in dict.fromkeys(name.rpartition(":")[0] for name in names):
+        pair = [f"{prefix}:{band}" if prefix else band for band in ("VV", "VH")]
+        if set(pair) <= set(names):
+            return names.index(pair[0]), names.index(pair[1])
+    return None
+
+
+def _sensor(channel: Channel) -> tuple[str, str]:
+    """Equal for channels that can be one sensor's."""
+    return channel.name.rpartition(":")[0], str(channel.quantification)
 
 
 def draw(values: np.ndarray, spec: InputSpec, nodata: float | None = None) -> np.ndarray:
     """One sample as a picture.
 
     Red, green and blue bands make true colour; VV and VH make the usual radar false colour (VV, VH, their difference in
-    decibels); otherwise the first band is grey. Contrast is stretched between the 2nd and 98th percentile of
-    what is valid: jointly for true colour, so that hues stay, and separately for radar. Of a time series the
-    first ``MAX_DATES`` dates stand side by side. Pixels that are zero, ``nodata`` or not finite in all bands are
-    chequered in magenta: readers write zeros where there is no data.
+    decibels) where there is no true colour, or nothing in it; otherwise the first band is grey. Contrast is stretched
+    between the 2nd and 98th percentile of what is valid: jointly for true colour, so that hues stay, and separately for
+    radar. Of a time series the first ``MAX_DATES`` dates stand side by side. Pixels that are zero, ``nodata`` or not
+    finite in all bands of the sensor that is shown are chequered in magenta: readers write zeros where there is no
+    data.
 
     Args:
         values: (C, H, W) or (C, T, H, W) raw.
@@ -57,20 +74,26 @@ def draw(values: np.ndarray, spec: InputSpec, nodata: float | None = None) -> np
 
 
 def _draw_plane(values: np.ndarray, spec: InputSpec, nodata: float | None) -> np.ndarray:
-    physical = spec.offset + spec.scale * values.astype(np.float64)
+    of = spec.quantifications
+    shape = (-1, 1, 1)
+    scale, offset = (np.array(column).reshape(shape) for column in ([q.scale for q in of], [q.offset for q in of]))
+    physical = offset + scale * values.astype(np.float64)
     empty = ~np.isfinite(values) | (values == 0)
     if nodata is not None:
         empty |= values == nodata
-    missing = empty.all(axis=0)
-    colours = colour_bands(spec.channels)
-    names = spec.channel_names
+    colours, radar = colour_bands(spec.channels), radar_bands(spec.channels)
+    if colours is not None and radar is not None and empty[list(colours)].all():
+        colours = None
+    joint = True
     if colours is not None:
-        planes, joint = physical[list(colours)], True
-    elif "VV" in names and "VH" in names:
-        vv, vh = physical[names.index("VV")], physical[names.index("VH")]
-        planes, joint = np.stack([vv, vh, vv - vh]), False
+        planes, shown = physical[list(colours)], colours[0]
+    elif radar is not None:
+        vv, vh = physical[list(radar)]
+        planes, shown, joint = np.stack([vv, vh, vv - vh]), radar[0], False
     else:
-        planes, joint = np.repeat(physical[:1], 3, axis=0), True
+        planes, shown = np.repeat(physical[:1], 3, axis=0), 0
+    sensor = _sensor(spec.channels[shown])
+    missing = empty[[i for i, channel in enumerate(spec.channels) if _sensor(channel) == sensor]].all(axis=0)
     seen = np.isfinite(planes).all(axis=0) & ~missing
     groups = [slice(0, 3)] if joint else [slice(i, i + 1) for i in range(3)]
     stretched = np.zeros(planes.shape)

@@ -33,17 +33,19 @@ class Cut:
     """How windows are cut from a raster.
 
     Attributes:
-        shape: of the raster, pixels.
+        shape: of the part of the raster that windows are cut from, pixels.
         extent, stride: of windows, the same pixels, along (y, x).
         step: of one pixel of a window.
         native: windows begin at whole pixels.
+        origin: (row, column) of the part's corner.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[float, float]
     extent: tuple[float, float]
     stride: tuple[float, float]
     step: tuple[float, float] = (1.0, 1.0)
     native: bool = True
+    origin: tuple[float, float] = (0.0, 0.0)
 
     @property
     def room(self) -> np.ndarray:
@@ -125,13 +127,16 @@ def claim_windows(shapes: np.ndarray, cut: Cut, options: PlaceOptions) -> tuple[
         The claims, and the polygons within the raster of which no window is covered far enough.
     """
     import shapely
+    import shapely.affinity
 
     height, width = cut.shape
     outline = shapely.box(0, 0, width, height)
     shapely.prepare(outline)
     parts: list[tuple[int, np.ndarray, np.ndarray]] = []
     thin = []
-    for place, shape in enumerate(shapes):
+    top, left = cut.origin
+    moved = [None if shape is None else shapely.affinity.translate(shape, -left, -top) for shape in shapes]
+    for place, shape in enumerate(moved):
         if shape is None or not shapely.intersects(outline, shape):
             continue
         if shape.area == 0:
@@ -153,7 +158,7 @@ def claim_windows(shapes: np.ndarray, cut: Cut, options: PlaceOptions) -> tuple[
                 spread = spread_rows(len(corners), options.place_limit)
                 corners, shares = corners[spread], shares[spread]
         if len(corners):
-            parts.append((place, corners, shares))
+            parts.append((place, corners + cut.origin, shares))
     return Claims.joined(parts), thin
 
 

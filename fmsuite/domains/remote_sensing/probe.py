@@ -7,6 +7,7 @@ from typing import Any
 
 from fmsuite.domains.remote_sensing.grids import Grid
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.plausible import refuse_implausible
 from fmsuite.domains.remote_sensing.raster import open_raster
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.tasks import SourceTask
@@ -66,6 +67,7 @@ def probe(task: SourceTask, options: RemoteSensingOptions) -> Probe:
                 f"its name says that it is the band {named}, and it holds {len(raster.bands)} bands.",
                 "Tell bands in names with data.band_pattern.",
             )
+        refuse_implausible(raster)
         return Probe(
             task.path,
             tuple(raster.bands),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fmsuite.core.inputs import Quantification
+from fmsuite.domains.remote_sensing.band_names import band_names, colour_names
+from fmsuite.domains.remote_sensing.grids import crs_text
 from fmsuite.domains.remote_sensing.layers import Layer
-from fmsuite.domains.remote_sensing.names import band_of, layer_of
+from fmsuite.domains.remote_sensing.metres import metres_per_pixel
+from fmsuite.domains.remote_sensing.names import layer_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.sensors import Kind
 from fmsuite.errors import ReadFailure
 
 if TYPE_CHECKING:
@@ -21,11 +24,6 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
-
-_STACK_HINT = (
-    "Name the bands with data.file_bands, or set data.sensor; of files of one band each, say with data.band_pattern "
-)
-_STACK_HINT += "where their names tell the band."
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Raster:
         nodata: by band number, what the file or the options declare.
         masked: by band number, how the file marks pixels beside nodata values: not at all (0), with one mask for all
             bands (its number, below zero), or with the band's own (its number).
+        palette: (N, 4) colours; ``bands`` are then red, green and blue of the entries that one band of the file has.
     """
 
     dataset: DatasetReader
@@ -58,6 +57,12 @@ class Raster:
     quantifications: dict[str, Quantification]
     nodata: dict[int, tuple[float, ...]]
     masked: dict[int, int]
+    palette: np.ndarray | None = None
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What may vary in each band's values."""
+        return {name: self.own.spectral.kind_of(name.rpartition(":")[2]) for name in self.bands}
 
     @property
     def height(self) -> int:
@@ -70,7 +75,7 @@ class Raster:
     @property
     def grid(self) -> tuple[Any, ...]:
         """(height, width, CRS, transform), for ``grids.pixel_ratio``."""
-        return (self.height, self.width, str(self.dataset.crs), tuple(self.dataset.transform[:6]))
+        return (self.height, self.width, crs_text(self.dataset.crs), tuple(self.dataset.transform[:6]))
 
     @property
     def crs(self) -> Any:
@@ -135,7 +140,7 @@ class Raster:
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
-        numbers = [self.bands[name] for name in bands]
+        numbers = [self.bands[name] for name in bands] if self.palette is None else [next(iter(self.bands.values()))]
         window = Window(box[1], box[0], box[3], box[2])
         masks: dict[int, np.ndarray] = {}
         try:
@@ -157,10 +162,23 @@ class Raster:
             for nodata in self.nodata[number]:
                 if not math.isnan(nodata) and (floating or _holds(values.dtype, nodata)):
                     valid[place] &= values[place] != values.dtype.type(nodata)
+        if self.palette is not None:
+            values, valid = self._coloured(values[0], valid[0], bands)
         values, valid = self._physical(values, valid, bands)
         if not valid.all():
             values[~valid] = 0
         return values, valid
+
+    def _coloured(
+        self, entries: np.ndarray, valid: np.ndarray, bands: tuple[str, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert self.palette is not None
+        known = (entries >= 0) & (entries < len(self.palette))
+        colours = self.palette[np.where(known, entries, 0)]
+        valid = valid & known & (colours[..., 3] > 0)
+        order = list(self.bands)
+        values = colours[..., [order.index(name) for name in bands]].transpose(2, 0, 1)
+        return np.ascontiguousarray(values), np.broadcast_to(valid, values.shape).copy()
 
     def _physical(self, values: np.ndarray, valid: np.ndarray, bands: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         if self.tagged is not None:
@@ -221,12 +239,13 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
     from rasterio.enums import ColorInterp
 
     interpretation = dataset.colorinterp
-    if ColorInterp.palette in interpretation:
+    tabled = ColorInterp.palette in interpretation
+    if tabled and options.palette is None:
         raise ReadFailure(
             path,
             "metadata",
             "its values are entries of a colour table, not measurements.",
-            "Expand it with `gdal_translate -expand rgb`, or leave it out.",
+            "Read the colours with data.palette=rgb, the entries with data.palette=index, or leave it out.",
         )
     numbers = [n for n in range(1, dataset.count + 1) if interpretation[n - 1] != ColorInterp.alpha]
     if not numbers:
@@ -236,8 +255,13 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
         raise ReadFailure(path, "metadata", "its values are complex numbers.", "Detect the amplitude first.")
     layer, _ = layer_of(path, options)
     own = options.layout[layer]
-    names, named = _band_names(dataset, path, numbers, layer, options)
-    own_bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
+    palette = None
+    if tabled and options.palette == "rgb":
+        own_bands, named = dict.fromkeys(colour_names(path, layer, options), numbers[0]), True
+        palette, types = _colour_table(dataset, numbers[0]), {"uint8"}
+    else:
+        names, named = band_names(dataset, path, numbers, layer, options)
+        own_bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
     bands = {options.channel_name(layer, name): number for name, number in own_bands.items()}
     tags = {name: (float(dataset.scales[n - 1]), float(dataset.offsets[n - 1])) for name, n in bands.items()}
     declared = [dataset.nodatavals[n - 1] for n in numbers]
@@ -257,7 +281,17 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
             for n, nodata in zip(numbers, declared, strict=True)
         },
         {n: _mask(dataset.mask_flag_enums[n - 1], n) for n in numbers},
+        palette,
     )
+
+
+def _colour_table(dataset: DatasetReader, number: int) -> np.ndarray:
+    """(N, 4) uint8: red, green, blue and alpha of each entry."""
+    table = dataset.colormap(number)
+    colours = np.zeros((max(table) + 1, 4), dtype=np.uint8)
+    for entry, colour in table.items():
+        colours[entry] = colour
+    return colours
 
 
 def _mask(flags: list[Any], number: int) -> int:
@@ -267,129 +301,3 @@ def _mask(flags: list[Any], number: int) -> int:
         return 0
     # One mask, whichever band it is asked of.
     return -1 if MaskFlags.per_dataset in flags else number
-
-
-def _band_names(
-    dataset: DatasetReader, path: str, numbers: list[int], layer: int, options: RemoteSensingOptions
-) -> tuple[list[str | None], bool]:
-    """A name for each band (``None`` for one that the sensor does not know), and whether the file gave them."""
-    from rasterio.enums import ColorInterp
-
-    own = options.layout[layer]
-    sensor = own.spectral
-    described = [(dataset.descriptions[n - 1] or "").strip() for n in numbers]
-    if own.band_pattern is not None or (len(numbers) == 1 and not described[0]):
-        held = band_of(path, layer, options)
-        if held is not None:
-            if len(numbers) > 1:
-                raise ReadFailure(
-                    path, "metadata", f"its name says that it is the band {held[0]}, and it has {len(numbers)} bands."
-                )
-            return [held[0]], True
-    if own.file_bands is not None:
-        if len(own.file_bands) != len(numbers):
-            raise ReadFailure(
-                path,
-                "metadata",
-                f"it has {len(numbers)} bands and data.file_bands names {len(own.file_bands)}.",
-                "Index files of one kind at a time.",
-            )
-        return list(own.file_bands), True
-    colours = [dataset.colorinterp[n - 1] for n in numbers]
-    if not any(described) and {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(colours):
-        known = {ColorInterp.red: "red", ColorInterp.green: "green", ColorInterp.blue: "blue"}
-        described = [known.get(colour, f"band{n}") for colour, n in zip(colours, numbers, strict=True)]
-        if sensor.layouts and len(numbers) in {len(layout) for layout in sensor.layouts}:
-            described = [""] * len(numbers)
-    if not sensor.bands:
-        if all(described) and len(set(described)) == len(described):
-            return list(described), True
-        return [f"band{n}" for n in numbers], False
-    if any(described):
-        names = [sensor.recognise(text) if text else None for text in described]
-        twice = [name for name, count in Counter(n for n in names if n).items() if count > 1]
-        if twice:
-            raise ReadFailure(
-                path, "metadata", f"two of its bands call themselves {twice[0]}.", "Name them with data.file_bands."
-            )
-        if any(names):
-            return list(names), True
-        raise ReadFailure(
-            path,
-            "metadata",
-            f"its bands ({', '.join(text or '?' for text in described)}) are none of {sensor.name}'s.",
-            _STACK_HINT,
-        )
-    for layout in sensor.layouts:
-        if len(layout) == len(numbers):
-            return list(layout), True
-    expected = " or ".join(str(len(layout)) for layout in sensor.layouts)
-    raise ReadFailure(
-        path,
-        "metadata",
-        f"it has {len(numbers)} undescribed band{'s' * (len(numbers) > 1)}; {sensor.name} has {expected}.",
-        _STACK_HINT,
-    )
-
-
-def metres_per_pixel(crs: Any, transform: Any, height: int, width: int) -> tuple[float, float] | None:
-    """The size of the raster's middle pixel on the ground along (y, x), in metres.
-
-    Geographic coordinates are converted with the radii of curvature of the CRS's own ellipsoid at that latitude:
-    north-south by the meridian's ``M = a (1 - e^2) / (1 - e^2 sin^2 phi)^(3/2)``, east-west by the parallel's
-    ``N cos phi = a cos phi / (1 - e^2 sin^2 phi)^(1/2)`` (Snyder 1987, "Map Projections: A Working Manual", equations
-    4-18 to 4-21). Projected coordinates count at their nominal size, as a grid's users do, unless the projection
-    inflates areas by more than 1 % there (Web Mercator away from the equator); both sides then shrink by the root of
-    that factor.
-
-    Args:
-        crs: rasterio's CRS, or ``None``.
-        transform: pixel to CRS coordinates, possibly rotated.
-
-    Returns:
-        ``None`` if there is no CRS, no transform, or one without metres (a local engineering system).
-    """
-    if crs is None or transform.is_identity:
-        return None
-    import pyproj
-    from pyproj.exceptions import ProjError
-
-    try:
-        system = pyproj.CRS.from_wkt(crs.to_wkt())
-        ellipsoid = system.ellipsoid
-        unit = system.axis_info[0].unit_conversion_factor if system.axis_info else 1.0
-    except ProjError:
-        return None
-    x = transform.a * width / 2 + transform.b * height / 2 + transform.c
-    y = transform.d * width / 2 + transform.e * height / 2 + transform.f
-    if system.is_geographic:
-        if ellipsoid is None:
-            return None
-        squared = 1 - (ellipsoid.semi_minor_metre / ellipsoid.semi_major_metre) ** 2
-        latitude = y * unit
-        bend = 1 - squared * math.sin(latitude) ** 2
-        north = ellipsoid.semi_major_metre * (1 - squared) / bend**1.5 * unit
-        east = ellipsoid.semi_major_metre / math.sqrt(bend) * math.cos(latitude) * unit
-    elif system.is_projected:
-        north = east = unit / math.sqrt(area_inflation(system, x, y))
-    else:
-        return None
-    along_x = math.hypot(transform.a * east, transform.d * north)
-    along_y = math.hypot(transform.b * east, transform.e * north)
-    if not (math.isfinite(along_x) and math.isfinite(along_y) and along_x > 0 and along_y > 0):
-        return None
-    return along_y, along_x
-
-
-def area_inflation(system: Any, x: float, y: float) -> float:
-    """Areal scale of a projection at a point; 1 where it is within 1 % or cannot be told."""
-    import pyproj
-    from pyproj.exceptions import ProjError
-
-    try:
-        projection = pyproj.Proj(system)
-        longitude, latitude = projection(x, y, inverse=True)
-        factor = float(projection.get_factors(longitude, latitude).areal_scale)
-    except ProjError:
-        return 1.0
-    return factor if math.isfinite(factor) and factor > 0 and abs(factor - 1) > 0.01 else 1.0

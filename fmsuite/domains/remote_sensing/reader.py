@@ -13,10 +13,12 @@ import numpy as np
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.sample import ArraySample
+from fmsuite.domains.remote_sensing.dates import carried
+from fmsuite.domains.remote_sensing.eopatch import EOPatch, PatchDate, is_patch, open_patch, patch_of
 from fmsuite.domains.remote_sensing.map_files import UNKNOWN, MapReader
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.scenes import Dates
-from fmsuite.domains.remote_sensing.stack import Stack, close_stack, open_stack
+from fmsuite.domains.remote_sensing.stack import Stack, open_stack
 from fmsuite.errors import ReadFailure
 
 
@@ -45,7 +47,7 @@ class RasterReader:
     files: Mapping[str, Dates] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._handles: HandleCache[Stack] = HandleCache(partial(open_stack, options=self.options), close_stack, 16)
+        self._handles: HandleCache[Stack | EOPatch] = HandleCache(partial(_open, options=self.options), _close, 16)
         self._maps = MapReader(self.options)
 
     def read(self, window: Window) -> ArraySample:
@@ -70,9 +72,9 @@ class RasterReader:
         return ArraySample(
             np.stack([values for values, _ in parts], axis=1),
             valid,
-            coords={"time": np.array([day for day, _ in dates], dtype=np.float32)},
+            coords={"time": carried([day or 0.0 for day, _ in dates])},
             spacing=None if spacing is None else (1.0, *spacing),
-            maps={name: np.repeat(labels[None], len(dates), axis=0) for name, labels in maps.items()},
+            maps=maps,
         )
 
     def files_of(self, source: str) -> Dates:
@@ -93,7 +95,7 @@ class RasterReader:
             ReadFailure: about the source, if one of its label maps is missing or does not lie over it.
         """
         if self.options.maps:
-            self._maps.check(source, self._handles.get(self.files_of(source)[0][1]).grid)
+            self._maps.check(source, self._date(self.files_of(source)[0][1]).grid)
 
     def native_labels(self, name: str, source: str, start: tuple[int, int], extent: tuple[int, int]) -> np.ndarray:
         """A label map on the source's own pixels, (y, x) int16, -1 where no band has data at any date.
@@ -104,9 +106,9 @@ class RasterReader:
         valid = np.zeros(extent, dtype=bool)
         dates = self.files_of(source)
         for _, paths in dates:
-            _, shown = self._handles.get(paths).read(self.bands, *start, *extent)
+            _, shown = self._date(paths).read(self.bands, *start, *extent)
             valid |= shown.any(0)
-        grid = self._handles.get(dates[0][1]).grid
+        grid = self._date(dates[0][1]).grid
         labels = self._maps.read_one(name, source, grid, start, (1.0, 1.0), extent)
         return np.where(valid, labels, np.int16(UNKNOWN))
 
@@ -118,7 +120,7 @@ class RasterReader:
         extent: Sequence[float],
         valid: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """The label maps of a window, (y, x) int16, -1 where no band has data at any date.
+        """The label maps of a window, (y, x) int16, alike for all dates; -1 where no band has data at any.
 
         Args:
             valid: (C, time, y, x).
@@ -127,7 +129,7 @@ class RasterReader:
             return {}
         size, shown = valid.shape[2:], valid.any(axis=(0, 1))
         step = [length / count for length, count in zip(extent, size, strict=True)]
-        found = self._maps.read(source, self._handles.get(paths).grid, position, step, size)
+        found = self._maps.read(source, self._date(paths).grid, position, step, size)
         return {name: np.where(shown, labels, np.int16(UNKNOWN)) for name, labels in found.items()}
 
     def close(self) -> None:
@@ -138,14 +140,22 @@ class RasterReader:
         self, paths: tuple[str, ...], position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return self._resampled(self._handles.get(paths), position, extent)
+            return self._resampled(self._date(paths), position, extent)
         except ReadFailure:
             # A GDAL handle that has failed once may go on failing after the file is back.
-            self._handles.discard(paths)
+            self._handles.discard(patch_of(paths)[0])
             raise
 
+    def _date(self, paths: tuple[str, ...]) -> Stack | PatchDate:
+        opened, number = patch_of(paths)
+        found = self._handles.get(opened)
+        if isinstance(found, EOPatch):
+            assert number is not None
+            return found.date(number)
+        return found
+
     def _resampled(
-        self, stack: Stack, position: tuple[float, ...], extent: tuple[float, ...]
+        self, stack: Stack | PatchDate, position: tuple[float, ...], extent: tuple[float, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         gsd, metres = self.options.gsd, stack.metres
         if gsd is None or metres is None:
@@ -177,3 +187,21 @@ class RasterReader:
         inside = (slice(None), *trims)
         kept = cut.valid[inside]
         return np.where(kept, cut.values[inside], 0).astype(self.dtype), kept.copy()
+
+
+def open_date(paths: tuple[str, ...], options: RemoteSensingOptions) -> Stack | PatchDate:
+    """The files of one date of one scene, or a date of a folder in eo-learn's layout.
+
+    Raises:
+        ReadFailure: as ``open_stack`` and ``open_patch``.
+    """
+    opened, number = patch_of(paths)
+    return open_stack(paths, options) if number is None else open_patch(opened[0], options).date(number)
+
+
+def _open(paths: tuple[str, ...], options: RemoteSensingOptions) -> Stack | EOPatch:
+    return open_patch(paths[0], options) if is_patch(paths[0]) else open_stack(paths, options)
+
+
+def _close(opened: Stack | EOPatch) -> None:
+    opened.close()

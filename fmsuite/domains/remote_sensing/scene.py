@@ -13,10 +13,11 @@ from fmsuite.core.data.sample import Array, ArraySample
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.domains.remote_sensing.cog import Ground, write_cog
+from fmsuite.domains.remote_sensing.eopatch import PatchDate
 from fmsuite.domains.remote_sensing.map_writer import RasterWriter
-from fmsuite.domains.remote_sensing.reader import RasterReader
+from fmsuite.domains.remote_sensing.reader import RasterReader, open_date
 from fmsuite.domains.remote_sensing.resampling import linear_back
-from fmsuite.domains.remote_sensing.stack import Stack, open_stack
+from fmsuite.domains.remote_sensing.stack import Stack
 from fmsuite.errors import UsageError
 
 _WHOLE = 1e-6
@@ -29,15 +30,15 @@ def raster_scene(reader: RasterReader, source: str) -> RasterScene:
     Raises:
         ReadFailure: if its files, or those of the first date of a series, cannot be opened.
     """
-    stack = open_stack(reader.files_of(source)[0][1], reader.options)
+    stack = open_date(reader.files_of(source)[0][1], reader.options)
     try:
         return RasterScene(source, reader, ground_of(stack), stack.metres, reader.options.gsd)
     finally:
         stack.close()
 
 
-def ground_of(stack: Stack) -> Ground:
-    points, crs = stack.grid_of.dataset.gcps
+def ground_of(stack: Stack | PatchDate) -> Ground:
+    points, crs = stack.grid_of.dataset.gcps if isinstance(stack, Stack) else ((), None)
     gcps = (points, crs) if points and stack.transform.is_identity else None
     return Ground((stack.height, stack.width), stack.crs, stack.transform, gcps)
 

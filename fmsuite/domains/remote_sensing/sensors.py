@@ -1,16 +1,28 @@
-"""What is known of a sensor before a file is opened: bands, wavelengths, ground sampling distance, quantification."""
+"""What is known of a sensor before a file is opened: bands, wavelengths, ground sampling distance, quantification.
+
+A sensor is a YAML file; those in the folder ``sensors`` are known by their names.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmsuite.core.config import read_yaml
+from fmsuite.core.inputs import Quantification
 from fmsuite.errors import UsageError, nearest
 
+Kind = Literal["optical", "decibel", "kelvin"]
+"""``optical``: reflectance, disturbed by factors. ``decibel``: backscatter, and ``kelvin``: temperature, disturbed by
+shifts."""
 
-@dataclass(frozen=True)
-class Band:
+
+class Band(BaseModel):
     """One band of a sensor.
 
     Attributes:
@@ -18,36 +30,83 @@ class Band:
         wavelength: centre in nanometres; ``None`` for radar.
         gsd: ground sampling distance in metres.
         aliases: other ways in which files describe it; case, separators and leading zeros do not matter.
+        scale, offset, clip, kind: where they are not the sensor's.
+        mean, std: of physical values in a published large collection, where there is one.
     """
 
-    name: str
-    wavelength: float | None
-    gsd: float
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    wavelength: float | None = Field(default=None, gt=0)
+    gsd: float = Field(gt=0)
     aliases: tuple[str, ...] = ()
+    scale: float | None = None
+    offset: float | None = None
+    clip: tuple[float, float] | None = None
+    kind: Kind | None = None
+    mean: float | None = None
+    std: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Band:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"band '{self.name}' has a mean or a std, and not the other")
+        if self.scale == 0:
+            raise ValueError(f"band '{self.name}' has a scale of 0, which makes every value equal")
+        return self
+
+    @property
+    def own_values(self) -> bool:
+        """Whether its values become physical in a way of their own."""
+        return (self.scale, self.offset) != (None, None)
 
 
-@dataclass(frozen=True)
-class Sensor:
+class Sensor(BaseModel):
     """A sensor or a product of one.
 
     Attributes:
+        source: where the numbers are from.
         bands: all bands it can have; none for ``generic``, whose bands are what a file says.
         layouts: band orders in which files without band descriptions are written, told apart by their length.
         scale, offset: stored value ``v`` is the physical quantity ``offset + scale * v``.
         clip: range outside which a physical value is an artefact.
-        kind: ``optical`` (reflectance, multiplicative disturbances) or ``decibel`` (backscatter, additive ones).
+        kind: what may vary in its values.
         linear: stored as linear power; the reader turns it into decibels and treats values <= 0 as nodata.
     """
 
-    name: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
     title: str
-    bands: tuple[Band, ...]
+    source: str = ""
+    bands: tuple[Band, ...] = ()
     layouts: tuple[tuple[str, ...], ...] = ()
     scale: float = 1.0
     offset: float = 0.0
     clip: tuple[float, float] | None = None
-    kind: Literal["optical", "decibel"] = "optical"
+    kind: Kind = "optical"
     linear: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sensor:
+        names = [band.name for band in self.bands]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two bands are called '{twice[0]}'")
+        for layout in self.layouts:
+            for name in layout:
+                if name not in names:
+                    raise ValueError(f"layouts name the band '{name}'. {nearest(name, names)}")
+        if len({len(layout) for layout in self.layouts}) != len(self.layouts):
+            raise ValueError("two layouts have the same length, and files are told apart by it")
+        if self.scale == 0:
+            raise ValueError("a scale of 0 makes every value equal")
+        said: dict[str, str] = {}
+        for band in self.bands:
+            for text in (band.name, *band.aliases):
+                if said.setdefault(_plain(text), band.name) != band.name:
+                    raise ValueError(f"'{text}' is a name of both {said[_plain(text)]} and {band.name}")
+        return self
 
     @property
     def band_names(self) -> tuple[str, ...]:
@@ -68,111 +127,88 @@ class Sensor:
                 return band.name
         return None
 
+    def quantification_of(self, name: str) -> Quantification:
+        """Of one band; the sensor's for a name that it does not have."""
+        band = self.band(name) if name in self.band_names else None
+        if band is None or not band.own_values:
+            clip = self.clip if band is None or band.clip is None else band.clip
+            return Quantification(scale=self.scale, offset=self.offset, clip=clip)
+        scale = self.scale if band.scale is None else band.scale
+        return Quantification(scale=scale, offset=0.0 if band.offset is None else band.offset, clip=band.clip)
+
+    def kind_of(self, name: str) -> Kind:
+        """Of one band."""
+        own = self.band(name).kind if name in self.band_names else None
+        return own or self.kind
+
 
 def _plain(text: str) -> str:
     """``"B01"``, ``"b1"`` and ``"B_1"`` are the same band; ``"B8A"`` and ``"B8"`` are not."""
     return re.sub(r"0+(?=\d)", "", re.sub(r"[^0-9a-z]", "", text.lower()))
 
 
-_SENTINEL2 = (
-    Band("B1", 442.7, 60, ("coastal", "coastal aerosol")),
-    Band("B2", 492.4, 10, ("blue",)),
-    Band("B3", 559.8, 10, ("green",)),
-    Band("B4", 664.6, 10, ("red",)),
-    Band("B5", 704.1, 20, ("red edge 1", "rededge1", "re1")),
-    Band("B6", 740.5, 20, ("red edge 2", "rededge2", "re2")),
-    Band("B7", 782.8, 20, ("red edge 3", "rededge3", "re3")),
-    Band("B8", 832.8, 10, ("nir", "near infrared")),
-    Band("B8A", 864.7, 20, ("narrow nir", "nir narrow", "nir08", "red edge 4", "rededge4")),
-    Band("B9", 945.1, 60, ("water vapour", "water vapor", "nir09")),
-    Band("B10", 1373.5, 60, ("cirrus",)),
-    Band("B11", 1613.7, 20, ("swir 1", "swir16")),
-    Band("B12", 2202.4, 20, ("swir 2", "swir22")),
-)
-_SENTINEL2_NAMES = tuple(band.name for band in _SENTINEL2)
-_SENTINEL2_L2A = tuple(band for band in _SENTINEL2 if band.name != "B10")
-_SATMAE_NAMES = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
+def read_sensor(path: str | Path) -> Sensor:
+    """A sensor from a YAML file. ``like`` names a known sensor, whose keys it has where it gives no others.
 
-_SENTINEL1 = (
-    Band("VV", None, 10, ("Sigma0_VV", "Gamma0_VV", "Sigma0_VV_db", "Gamma0_VV_db", "VV_db")),
-    Band("VH", None, 10, ("Sigma0_VH", "Gamma0_VH", "Sigma0_VH_db", "Gamma0_VH_db", "VH_db")),
-)
+    Raises:
+        UsageError: naming the file, the key, and what is wrong with it.
+    """
+    raw: dict[str, Any] = read_yaml(Path(path))
+    like = raw.pop("like", None)
+    if like is not None:
+        if like not in SENSORS:
+            raise UsageError(f"{path}: like: there is no sensor '{like}'.", nearest(str(like), SENSORS))
+        raw = {**SENSORS[like].model_dump(exclude_defaults=True), "source": "", **raw}
+    try:
+        return Sensor.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {' '.join(_sentence(problem, raw) for problem in error.errors())}") from error
 
-_LANDSAT8 = (
-    Band("B1", 443.0, 30, ("SR_B1", "coastal", "coastal aerosol")),
-    Band("B2", 482.0, 30, ("SR_B2", "blue")),
-    Band("B3", 561.4, 30, ("SR_B3", "green")),
-    Band("B4", 654.6, 30, ("SR_B4", "red")),
-    Band("B5", 864.7, 30, ("SR_B5", "nir", "nir08")),
-    Band("B6", 1608.9, 30, ("SR_B6", "swir 1", "swir16")),
-    Band("B7", 2200.7, 30, ("SR_B7", "swir 2", "swir22")),
-    Band("B8", 589.5, 15, ("pan", "panchromatic")),
-    Band("B9", 1373.4, 30, ("cirrus",)),
-)
-_LANDSAT8_SURFACE = ("B1", "B2", "B3", "B4", "B5", "B6", "B7")
 
-SENSORS: dict[str, Sensor] = {
-    sensor.name: sensor
-    for sensor in (
-        Sensor(
-            "sentinel2-l1c",
-            "Sentinel-2 MSI, top-of-atmosphere reflectance",
-            _SENTINEL2,
-            (_SENTINEL2_NAMES,),
-            scale=1e-4,
-            clip=(0.0, 2.0),
-        ),
-        Sensor(
-            "sentinel2-l2a",
-            "Sentinel-2 MSI, surface reflectance",
-            _SENTINEL2_L2A,
-            (tuple(band.name for band in _SENTINEL2_L2A), _SATMAE_NAMES),
-            scale=1e-4,
-            clip=(0.0, 2.0),
-        ),
-        Sensor(
-            "sentinel1",
-            "Sentinel-1 C-band backscatter, stored in decibels",
-            _SENTINEL1,
-            (("VV", "VH"),),
-            clip=(-60.0, 40.0),
-            kind="decibel",
-        ),
-        Sensor(
-            "sentinel1-linear",
-            "Sentinel-1 C-band backscatter, stored as linear power",
-            _SENTINEL1,
-            (("VV", "VH"),),
-            clip=(-60.0, 40.0),
-            kind="decibel",
-            linear=True,
-        ),
-        Sensor(
-            "landsat8",
-            "Landsat 8 OLI, Collection 2 Level-2 surface reflectance",
-            _LANDSAT8,
-            (_LANDSAT8_SURFACE,),
-            scale=2.75e-5,
-            offset=-0.2,
-            clip=(-0.2, 2.0),
-        ),
-        Sensor(
-            "naip",
-            "NAIP aerial imagery, 8 bit",
-            (
-                Band("red", 635.0, 1, ("R",)),
-                Band("green", 555.0, 1, ("G",)),
-                Band("blue", 465.0, 1, ("B",)),
-                Band("nir", 845.0, 1, ("N", "near infrared", "NIR")),
-            ),
-            (("red", "green", "blue", "nir"), ("red", "green", "blue")),
-            scale=1 / 255,
-        ),
-        Sensor("generic", "any raster; bands are named as the file describes them", ()),
-    )
-}
-"""Sentinel-2: MSI spectral responses of Sentinel-2A. Landsat 8: OLI. Values of Level-1 Landsat products follow another
-quantification: set ``data.scale`` and ``data.offset``."""
+def _sentence(problem: Any, raw: dict[str, Any]) -> str:
+    """Bands are named instead of counted."""
+    place = list(problem["loc"])
+    model: type[BaseModel] = Sensor
+    if place[:1] == ["bands"] and len(place) > 1:
+        model, band = Band, raw["bands"][place[1]]
+        place[1] = band.get("name", place[1]) if isinstance(band, dict) else place[1]
+    key = ".".join(map(str, place))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'. {nearest(str(place[-1]), model.model_fields)}"
+    if problem["type"] == "missing":
+        return f"'{key}' is missing."
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {said} (got {problem['input']!r})." if key else f"{said}."
+
+
+class _Known(Mapping[str, Sensor]):
+    """The sensors of the folder, read when they are asked for."""
+
+    def __getitem__(self, name: str) -> Sensor:
+        if name not in _files():
+            raise KeyError(name)
+        return _read_known(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_files())
+
+    def __len__(self) -> int:
+        return len(_files())
+
+
+@lru_cache(maxsize=1)
+def _files() -> dict[str, Path]:
+    files = Path(__file__).with_name("sensors").glob("*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+
+
+@lru_cache(maxsize=64)
+def _read_known(name: str) -> Sensor:
+    return read_sensor(_files()[name])
+
+
+SENSORS: Mapping[str, Sensor] = _Known()
+"""The sensors that come with the package."""
 
 BAND_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "satmae": {
@@ -185,10 +221,13 @@ BAND_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def find_sensor(name: str) -> Sensor:
-    """
+    """A known sensor, or that of a YAML file.
+
     Raises:
-        UsageError: for an unknown name, with the nearest known one.
+        UsageError: for an unknown name, with the nearest known one; as ``read_sensor``.
     """
+    if name.lower().endswith((".yaml", ".yml")):
+        return read_sensor(name)
     if name not in SENSORS:
-        raise UsageError(f"data.sensor: there is no sensor '{name}'.", nearest(name, SENSORS))
+        raise UsageError(f"data.sensor: there is no sensor '{name}'.", f"{nearest(name, SENSORS)} Or name a YAML file.")
     return SENSORS[name]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmsuite.domains.remote_sensing.clouds import Clouds, clouded
 from fmsuite.domains.remote_sensing.grids import misfit, pixel_ratio
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.raster import Raster, open_raster
@@ -42,12 +43,14 @@ class Stack:
         bands: channel name to the part that holds it.
         grid_of: the part whose grid is the stack's.
         optional: channels that no file needs to have; they read as invalid.
+        clouds: what is to be invalid besides.
     """
 
     parts: tuple[Part, ...]
     bands: dict[str, Part]
     grid_of: Raster
     optional: frozenset[str] = frozenset()
+    clouds: Clouds | None = None
 
     @property
     def path(self) -> str:
@@ -85,6 +88,8 @@ class Stack:
         with ExitStack() as closing:
             for part in self.parts:
                 closing.callback(part.raster.close)
+            if self.clouds is not None:
+                closing.callback(self.clouds.close)
 
     def read(
         self, bands: tuple[str, ...], top: int, left: int, height: int, width: int
@@ -97,6 +102,15 @@ class Stack:
         Raises:
             ReadFailure: if a band is in no file, or pixels cannot be decoded.
         """
+        values, valid = self._read_files(bands, top, left, height, width)
+        if self.clouds is not None:
+            valid = valid & self.clouds.clear(self.path, top, left, height, width)
+            values = np.where(valid, values, np.zeros((), values.dtype))
+        return values, valid
+
+    def _read_files(
+        self, bands: tuple[str, ...], top: int, left: int, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         shared = self._shared(bands)
         if len(shared) == 1 and len(shared[0][1]) == len(bands) and shared[0][0].ratio == (1, 1):
             return shared[0][0].raster.read(bands, top, left, height, width)
@@ -133,7 +147,6 @@ class Stack:
                 self.path,
                 "read",
                 f"it has no band {', '.join(lacking)}; it has {', '.join(self.bands)}.",
-                "Tile again.",
             )
         held: dict[int, list[str]] = {}
         for name in bands:
@@ -164,7 +177,7 @@ def open_stack(paths: tuple[str, ...], options: RemoteSensingOptions) -> Stack:
 
     Raises:
         ReadFailure: if one is not a raster, its bands cannot be understood, another has the same, or their pixels do
-            not coincide.
+            not coincide; as ``clouds.clouded``.
     """
     with ExitStack() as opened:
         rasters = []
@@ -183,8 +196,9 @@ def open_stack(paths: tuple[str, ...], options: RemoteSensingOptions) -> Stack:
                 if name in bands:
                     raise ReadFailure(raster.path, "metadata", f"{bands[name].raster.path} has the band {name} too.")
                 bands[name] = parts[-1]
+        stack = clouded(Stack(tuple(parts), bands, finest, _optional(options)), options)
         opened.pop_all()
-    return Stack(tuple(parts), bands, finest, _optional(options))
+    return stack
 
 
 def close_stack(stack: Stack) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fmsuite.core.data.index import Window
 from fmsuite.core.data.skipped import Skipped
-from fmsuite.domains.remote_sensing.layout import cut_of, lay_out
+from fmsuite.domains.remote_sensing.layout import WINDOWS, cut_of, lay_out
 from fmsuite.domains.remote_sensing.map_files import STAGE as MAPS
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.places import PLACES
@@ -20,8 +20,6 @@ from fmsuite.tiling.tasks import SourceRows, SourceTask
 
 SMALLEST_SHARE = 0.01
 """A window of which a raster fills less than this is refused unread, whatever ``min_valid`` says."""
-WINDOWS = "windows"
-"""The stage of a source that can be read and has no window worth it."""
 
 
 def cut_windows(task: SourceTask, unit: Unit, options: RemoteSensingOptions) -> SourceRows:
@@ -97,7 +95,7 @@ def _windows_of_dates(task: SourceTask, unit: Unit, options: RemoteSensingOption
         )
         notes.append(Skipped(source, PLACES, f"{reason} Lower data.min_valid to have them."))
     facts: dict[str, Any] = {"bands": unit.bands, "dtype": unit.dtype, "dates": unit.dates, "metres": metres}
-    facts |= {"left_out": layout.left_out, "places": unit.plan.get("places")}
+    facts |= {"crs": unit.grid[2], "left_out": layout.left_out, "places": unit.plan.get("places")}
     kept = layout.only(good)
     rows = replace(task, path=source).rows(corners[good], extent, spacing, content[good], kept.groups)
     if kept.labels is not None:

@@ -12,6 +12,7 @@ from fmsuite.core.adaptation.network_files import load_network, save_network
 from fmsuite.core.adaptation.task import TASKS
 from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.backbones.datewise import Datewise, over_dates
 from fmsuite.core.backbones.rvsa import RotatedWindowAttention
 from fmsuite.core.backbones.timm_backbone import TimmBackbone
 from fmsuite.core.data.sample import View
@@ -83,6 +84,20 @@ def test_a_network_with_windows_answers_as_it_did(tmp_path: Path, kind: str, tun
         assert len(windows(tuned(load_encoder(tmp_path).backbone, TuningOptions(**again)))) == 2
     with pytest.raises(UsageError, match="windows of another kind"):
         tuned(encoder.backbone, TuningOptions(attention="rvsa", rvsa_window=3))
+
+
+@torch.no_grad()
+def test_dates_that_are_seen_one_by_one_may_have_windows(tmp_path: Path):
+    series = Datewise(small(), over_dates(SPEC, 2))
+    task = TASKS["classification"](TASKS["classification"].Config(classes=2, **RVSA), series).eval()
+    for parameter in regressors(task.backbone.single).values():
+        parameter.normal_(std=0.3)
+    view = View(torch.randn(2, 1, 2, 8, 8))
+    before = task.predict(view)
+    save_network(tmp_path, task, series.spec, ["a", "b"], "field", {}, {})
+    network = load_network(tmp_path)
+    assert len(windows(network.task)) == 2
+    torch.testing.assert_close(network.task.predict(view), before, rtol=1e-5, atol=1e-6)
 
 
 def test_the_control_from_scratch_has_windows_too():

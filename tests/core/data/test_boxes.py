@@ -52,12 +52,17 @@ def test_only_the_chunks_that_a_box_touches_are_read(tmp_path: Path, monkeypatch
     assert chunk_of((200, 300)) == (128, 128)
     assert chunk_of((3, 200, 300)) == (3, 64, 64)
     assert chunk_of((3, 5)) == (3, 5)
+    assert chunk_of((200, 300, 200), 4) == (32, 32, 32)
+    assert chunk_of((200, 300), 13 * 2) == (64, 64)
+    assert chunk_of((200, 300), 2**30) == (1, 1)
     assert chunk_of((9, 2, 10**6)) == (9, 2, 1024)
     monkeypatch.setattr(boxes, "CHUNK_SAMPLES", 4**3)
     write_boxes(tmp_path / "a", np.zeros((2, 16, 16, 16), np.float32), 3)
     array, slots = BoxArray(tmp_path / "a"), []
     read, pread, asked = ShardFile.read_each, os.pread, []
-    monkeypatch.setattr(ShardFile, "read_each", lambda self, some, *rest: slots.extend(some) or read(self, some, *rest))
+    monkeypatch.setattr(
+        ShardFile, "read_each", lambda self, some, *rest, **how: slots.extend(some) or read(self, some, *rest, **how)
+    )
     monkeypatch.setattr(
         shards.os, "pread", lambda file, length, start: asked.append(start) or pread(file, length, start)
     )

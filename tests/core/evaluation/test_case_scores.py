@@ -8,17 +8,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics as sk
 
 from fmsuite.core.evaluation.case_scores import (
+    COUNTS,
     class_values,
     estimates,
     label_values,
     mean_values,
     metrics_of,
     number_values,
+    pooled_values,
     segmentation_scores,
+    together,
 )
 from fmsuite.core.evaluation.cases import OVERALL
+from fmsuite.core.evaluation.segmentation import CaseCounts
 from fmsuite.errors import FmsuiteError
 
 SPACING = (2.0, 0.5, 1.0)
@@ -133,3 +138,67 @@ def test_metrics_say_their_tolerance_and_direction():
     assert list(found) == ["dice", "nsd"]
     assert "2 mm" in found["nsd"].title
     assert not metrics_of("regression", (), 1.0, "mm")["mae"].higher
+
+
+def test_figures_of_all_samples_together_are_scikit_learns_and_their_intervals_those_of_cases():
+    """Scenes of unlike sizes, one without a label that others have; a label that nobody has; borders that do not
+    count."""
+    random = np.random.default_rng(1)
+    asked = ("dice", "iou", "f1", "precision", "recall")
+    predicted = [random.choice(4, (side, 12), p=[0.5, 0.3, 0.1, 0.1]) for side in (4, 9, 16, 5, 7, 11)]
+    truth = [np.where(random.random(p.shape) < 0.6, p, random.choice(3, p.shape)) for p in predicted]
+    truth[2][truth[2] == 2] = 0
+    for one in truth:
+        one[0] = -1
+    found = [
+        segmentation_scores(p.astype(np.uint8), t.astype(np.int16), (1.0, 1.0), 5, asked, tolerance=1.0)
+        for p, t in zip(predicted, truth, strict=True)
+    ]
+    labels = ["a", "b", "c", "nobody"]
+    counts = CaseCounts(*(torch.tensor([one[name] for one in found], dtype=torch.float64) for name in COUNTS))
+    dice = torch.tensor([[np.nan if v is None else v for v in one["dice"]] for one in found])
+    values = together(mean_values({"dice": dice}, labels), pooled_values(counts, asked[1:], labels))
+    cells = estimates([values], torch.arange(6), 300, 0.9, 0)
+
+    def by_scikit_learn(cases):
+        kept = [(t[t >= 0], p[t >= 0]) for t, p in ((truth[n], predicted[n]) for n in cases)]
+        t, p = (np.concatenate(part) for part in zip(*kept, strict=True))
+        options = {"labels": [1, 2, 3], "average": None, "zero_division": 0}
+        return {
+            "iou": sk.jaccard_score(t, p, **options),
+            "f1": sk.f1_score(t, p, **options),
+            "precision": sk.precision_score(t, p, **options),
+            "recall": sk.recall_score(t, p, **options),
+        }
+
+    for metric, rows in by_scikit_learn(range(6)).items():
+        assert [cells[metric][label].mean for label in labels[:3]] == pytest.approx(rows.tolist())
+        assert cells[metric][OVERALL].mean == pytest.approx(rows.mean())
+        assert "nobody" not in cells[metric]
+    drawn = np.random.default_rng(0).integers(0, 6, (4000, 6))
+    spread = np.quantile([by_scikit_learn(cases)["iou"][0] for cases in drawn[:400]], [0.05, 0.95])
+    low, high = cells["iou"]["a"].low, cells["iou"]["a"].high
+    assert (low, high) == pytest.approx(tuple(spread), abs=0.03)
+    single = by_scikit_learn([1])["iou"]
+    assert found[1]["iou"][:3] == pytest.approx(single.tolist())
+    assert found[1]["iou"][3] is None
+    titles = metrics_of("segmentation", asked, 1.0, "m")
+    assert list(titles) == ["dice", "recall", "precision", "f1", "iou"]
+    assert titles["iou"].title.endswith("of all cases' samples together")
+    assert not titles["iou"].by_case
+
+
+def test_windows_have_macro_f1_micro_precision_and_root_of_the_squared_error():
+    random = np.random.default_rng(5)
+    probabilities, truth = random.random((40, 3)), random.integers(0, 3, 40)
+    flat = torch.ones(40, 1, dtype=torch.float64)
+    found = class_values(torch.from_numpy(probabilities), torch.from_numpy(truth))(flat)
+    expected = sk.f1_score(truth, probabilities.argmax(1), average="macro")
+    assert found["macro_f1", OVERALL].item() == pytest.approx(expected)
+    has = random.random((40, 3)) < 0.4
+    found = label_values(torch.from_numpy(probabilities), torch.from_numpy(has.astype(int)), ["a", "b", "c"])(flat)
+    expected = sk.average_precision_score(has, probabilities, average="micro")
+    assert found["micro_average_precision", OVERALL].item() == pytest.approx(expected)
+    predicted, numbers = random.random((40, 1)), random.random((40, 1))
+    found = number_values(torch.from_numpy(predicted), torch.from_numpy(numbers), ["biomass"])(flat)
+    assert found["rmse", OVERALL].item() == pytest.approx(sk.root_mean_squared_error(numbers, predicted))

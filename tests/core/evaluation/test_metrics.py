@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from fmsuite.core.evaluation.metrics import (
+    BY_CLASS,
     METRICS,
+    Tally,
     accuracy,
     auroc_ovo,
     balanced_accuracy,
+    class_scores,
     confusion,
     quadratic_kappa,
     score,
@@ -130,6 +133,8 @@ def test_whole_weights_repeat_items_and_order_does_not_matter(seed: int, classes
         "quadratic_kappa": quadratic_kappa(predicted, target, weights),
         "accuracy": accuracy(predicted, target, weights),
     }
+    of_classes = Tally.of(predicted, target, classes, weights).values()
+    weighed |= {name: of_classes[name].item() for name in ("macro_f1", "macro_precision", "mean_iou")}
     assert weighed == pytest.approx(repeated, abs=1e-12)
 
 
@@ -170,3 +175,40 @@ def test_one_class_and_scores_that_are_not_finite_are_refused() -> None:
     scores[5, 1] = torch.nan
     with pytest.raises(FmsuiteError, match="not finite"):
         auroc_ovo(scores, target)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_metrics_of_each_class_equal_scikit_learn_absent_classes_included(weighted: bool) -> None:
+    """Class 4 is only predicted, class 3 is never predicted, class 5 is neither there nor predicted."""
+    rng = np.random.default_rng(8)
+    target, predicted = rng.choice(4, 200, p=[0.5, 0.3, 0.15, 0.05]), rng.choice([0, 1, 2, 4], 200)
+    times = rng.integers(0, 3, 200) if weighted else np.ones(200)
+    tally = Tally.of(torch.from_numpy(predicted), torch.from_numpy(target), 6, torch.from_numpy(times).double())
+    found = {name: values.numpy() for name, values in tally.by_class().items()}
+    of = {"labels": range(5), "average": None, "zero_division": 0, "sample_weight": times}
+    expected = {
+        "recall": sk.recall_score(target, predicted, **of),
+        "precision": sk.precision_score(target, predicted, **of),
+        "f1": sk.f1_score(target, predicted, **of),
+        "iou": sk.jaccard_score(target, predicted, **of),
+    }
+    assert set(found) == set(BY_CLASS)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name][:5], values, err_msg=name)
+        assert np.isnan(found[name][5])
+    # Swapped, the two would be told apart.
+    assert abs(expected["recall"] - expected["precision"]).max() > 0.1
+    macro = {"average": "macro", "zero_division": 0, "sample_weight": times}
+    values = tally.values()
+    assert values["macro_f1"].item() == pytest.approx(sk.f1_score(target, predicted, **macro))
+    assert values["macro_precision"].item() == pytest.approx(sk.precision_score(target, predicted, **macro))
+    assert values["mean_iou"].item() == pytest.approx(sk.jaccard_score(target, predicted, **macro))
+    assert values["accuracy"].item() == pytest.approx(sk.accuracy_score(target, predicted, sample_weight=times))
+
+
+def test_classes_are_named_and_those_that_nobody_speaks_of_are_left_out() -> None:
+    found = class_scores(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), ["a", "b", "c"])
+    assert found["recall/b"] == pytest.approx(2 / 3)
+    assert found["precision/b"] == 1
+    assert found["iou/a"] == pytest.approx(1 / 2)
+    assert not any(name.endswith("/c") for name in found)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from sklearn import metrics
 
-from fmsuite.core.evaluation.metrics import Tally
-from fmsuite.core.evaluation.multilabel import macro_f1, multilabel_scores
+from fmsuite.core.evaluation.multilabel import multilabel_scores
 from fmsuite.errors import FmsuiteError, UsageError
 
 
@@ -48,15 +47,27 @@ def test_labels_that_never_occur_are_passed_over():
     assert found["macro_f1"].item() == pytest.approx((2 / 3 + 1) / 2)
 
 
-def test_macro_f1_of_classes():
-    random = np.random.default_rng(2)
-    target, predicted = random.integers(0, 4, 50), random.integers(1, 5, 50)
-    tally = Tally.of(torch.from_numpy(predicted), torch.from_numpy(target), 7)
-    assert macro_f1(tally).item() == pytest.approx(metrics.f1_score(target, predicted, average="macro"))
-
-
 def test_bad_scores_are_refused():
     with pytest.raises(FmsuiteError, match="not finite"):
         multilabel_scores(torch.tensor([[torch.inf]]), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(UsageError, match="equal tables"):
         multilabel_scores(torch.zeros(2, 3), torch.zeros(2, 2))
+
+
+def test_the_micro_average_ranks_all_decisions_together():
+    random = np.random.default_rng(4)
+    target = random.random((60, 5)) < [0.1, 0.3, 0.5, 0.7, 0.0]
+    scores = random.random((60, 5)).round(1)
+    found = multilabel_scores(torch.from_numpy(scores), torch.from_numpy(target))
+    assert found["micro_map"].item() == pytest.approx(metrics.average_precision_score(target, scores, average="micro"))
+    macro = metrics.average_precision_score(target[:, :4], scores[:, :4], average="macro")
+    assert found["map"].item() == pytest.approx(macro)
+    known = random.random((60, 5)) < 0.7
+    weights = torch.from_numpy(random.integers(0, 4, (60, 3))).double()
+    found = multilabel_scores(
+        torch.from_numpy(scores), torch.from_numpy(target), weights=weights, known=torch.from_numpy(known)
+    )
+    for column in range(3):
+        times = (weights[:, column, None].numpy() * known).ravel()
+        expected = metrics.average_precision_score(target.ravel(), scores.ravel(), sample_weight=times)
+        assert found["micro_map"][column].item() == pytest.approx(expected)

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from fmsuite.core.evaluation import statistics
-from fmsuite.core.evaluation.metrics import METRICS, score
+from fmsuite.core.evaluation.metrics import METRICS, class_scores, score
 from fmsuite.core.evaluation.statistics import ENOUGH_GROUPS, MIN_GROUPS, Scored, bootstrap, describe, summarise
 from fmsuite.core.seeding import generator
 from fmsuite.errors import UsageError
@@ -182,3 +182,21 @@ def test_intervals_of_few_groups_are_too_narrow_as_their_description_says() -> N
     assert held(3) < 0.82
     assert held(2 * ENOUGH_GROUPS) > 0.88
     assert f"Too narrow with fewer than {ENOUGH_GROUPS} groups" in describe()
+
+
+def test_every_class_has_the_bounds_of_repeated_items() -> None:
+    episodes, groups = episodes_of_many_kinds()
+    episode = episodes[0]
+    found = bootstrap([episode], groups, 3, 60, 0.8, seed=5, names=["a", "b", "c"])
+    names = groups[episode.items].unique()
+    drawn = generator(5, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), 60)
+    values = []
+    for counts in drawn:
+        times = torch.from_numpy(counts)[torch.searchsorted(names, groups[episode.items])]
+        rows = torch.arange(len(episode.items)).repeat_interleave(times)
+        if len(episode.target[rows].unique()) == 3:
+            values.append(class_scores(episode.predicted[rows], episode.target[rows], ["a", "b", "c"]))
+    for name in ("iou/a", "recall/b", "precision/c"):
+        expected = np.quantile([one[name] for one in values], [0.1, 0.9])
+        assert found[name] == pytest.approx(tuple(expected))
+    assert set(found) - set(METRICS) == {f"{m}/{n}" for m in ("recall", "precision", "f1", "iou") for n in "abc"}

@@ -164,6 +164,18 @@ def test_attention_can_be_asked_of_blocks_in_parts(two_ranks) -> None:
         assert parts[key] == pytest.approx(whole[key], rel=2e-6)
 
 
+def computed_and_windowed(me: int) -> list[list[dict[str, list[float]]]]:
+    """Embeddings from wavelengths, and windowed attention."""
+    models = {"mae": {"patch_embedding": "wavelength"}, "simmim": {"attention": "rvsa", "rvsa_window": 3}}
+    return [[take_steps(name, how, SGD, **model)[1] for how in ("ddp", "fsdp2")] for name, model in models.items()]
+
+
+def test_generators_and_windows_are_trained_in_parts_as_they_are_whole(two_ranks) -> None:
+    for whole, parts in two_ranks(computed_and_windowed)[0]:
+        for key in whole:
+            assert parts[key] == pytest.approx(whole[key], rel=5e-6)
+
+
 def look_and_export(me: int, folder: Path, how: str) -> None:
     placed, _ = take_steps("vqkd", how, SGD)
     view = toys._batch(placed.objective, "rgb").views["image"][0]

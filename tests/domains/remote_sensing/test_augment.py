@@ -13,6 +13,7 @@ from fmsuite.core.data.adjust import adjusted, stacked
 from fmsuite.core.data.sample import ArraySample, View
 from fmsuite.core.seeding import generator
 from fmsuite.domains.remote_sensing.augment import BLUR, BLUR_PROBABILITY, RasterAugmentation
+from fmsuite.domains.remote_sensing.dropout import Dropout
 from fmsuite.tiling.symmetry import turned
 
 
@@ -57,7 +58,7 @@ def test_all_eight_symmetries_of_a_square_occur_and_spacing_turns_along():
 
 
 def test_strong_is_a_function_of_the_generator_and_survives_pickling():
-    augmentation = RasterAugmentation("optical", 1e-4, -0.1, band_dropout=0.3)
+    augmentation = RasterAugmentation("optical", 1e-4, -0.1, Dropout(bands=0.3))
     sample = marked(16, 16)
     first = augmentation.after_crop(sample, "strong", False, generator(7))
     again = pickle.loads(pickle.dumps(augmentation)).after_crop(sample, "strong", False, generator(7))
@@ -106,18 +107,6 @@ def test_backscatter_varies_by_a_shift_in_decibels():
     assert sharp > 10
 
 
-def test_a_dropped_band_is_invalid_and_one_band_always_stays():
-    sample = ArraySample(np.ones((4, 8, 8), np.float32))
-    counts = []
-    for seed in range(200):
-        out = RasterAugmentation(band_dropout=0.6).after_crop(sample, "strong", False, generator(seed))
-        whole = out.valid.reshape(4, -1)
-        assert (whole.all(1) | ~whole.any(1)).all()
-        counts.append(whole.all(1).sum())
-    assert min(counts) == 1
-    assert np.mean(counts) == pytest.approx(4 * 0.4 + 0.6**4, abs=0.2)
-
-
 def test_invalid_pixels_never_enter_a_neighbour():
     sample = marked(16, 16)
     wild = sample.replace(values=np.where(sample.valid, sample.values, 65_535).astype(np.uint16))
@@ -155,3 +144,26 @@ def test_jitter_and_blur_are_the_written_formulas_in_physical_values(kind, dates
         found = seen(augmentation.after_crop(given, "strong", False, generator(seed))) * scale + offset
         np.testing.assert_allclose(found[valid], physical[valid], atol=2e-6 * np.abs(physical[valid]).max())
     assert 2 < blurs < 10
+
+
+def test_reflectance_backscatter_and_temperature_vary_each_in_its_own_way_and_unit():
+    """A factor of physical reflectance whatever its offset; shifts of decibels and kelvins whatever their scale."""
+    kinds, scales, offsets = ("optical", "decibel", "kelvin", "optical"), (1e-4, 0.01, 0.02, 2e-4), (-0.1, 0, 150, 0)
+    sample = ArraySample(np.random.default_rng(0).uniform(1000, 9000, (4, 16, 16)).astype(np.float32))
+    augmentation, sharp = RasterAugmentation(kinds, scales, offsets), 0
+    per_band = (4, 1, 1)
+    to_physical = np.array(scales).reshape(per_band), np.array(offsets).reshape(per_band)
+    for seed in range(30):
+        out = seen(augmentation.after_crop(sample, "strong", False, generator(seed))) * to_physical[0] + to_physical[1]
+        for plane in unturned(sample):
+            plane = plane * to_physical[0] + to_physical[1]
+            fits = [np.polyfit(p.ravel(), o.ravel(), 1) for p, o in zip(plane, out)]
+            misfit = max(np.abs(np.polyval(f, p) - o).max() / p.std() for f, p, o in zip(fits, plane, out))
+            if misfit < 1e-3:
+                sharp += 1
+                assert [abs(fit[0] - 1) < 1e-4 for fit in fits] == [False, True, True, False]
+                assert 0.01 < abs(fits[1][1]) < 8
+                assert 0.01 < abs(fits[2][1]) < 16
+                # The additive part of reflectance is a small share of the band's mean.
+                assert abs(fits[0][1]) < 0.1 * plane[0].mean()
+    assert sharp > 8

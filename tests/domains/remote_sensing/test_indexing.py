@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from rasterio.transform import from_origin
 
 from fmsuite.commands.indexing import build_index
@@ -134,10 +135,56 @@ def test_bands_without_names_are_never_matched_by_position(write_raster, make_in
     assert only(skipped).path == str(other)
 
 
+def test_rasters_in_several_coordinate_systems_are_said_once_and_read_at_one_size(
+    write_raster, make_index, noise, caplog
+):
+    geographic = from_origin(9, 48, 1e-4, 1e-4)
+    for name in ("a", "b"):
+        write_raster(f"d/{name}.tif", noise(1, 64, 64))
+    path = write_raster("d/c.tif", noise(1, 128, 128), crs="EPSG:4326", transform=geographic)
+    domain, index, skipped = make_index(path.parent, size=32)
+    assert not skipped.entries
+    assert index.metadata["crs"] == {"EPSG:32632": 2, "EPSG:4326": 1}
+    (record,) = caplog.records
+    assert "2 coordinate systems: EPSG:32632 (2), EPSG:4326 (1)" in record.getMessage()
+    assert "set data.gsd" in record.getMessage()
+    assert domain.input_spec(index).spacing is None
+    caplog.clear()
+    domain, index, _ = make_index(path.parent, size=32, gsd=15)
+    assert domain.input_spec(index).spacing == (15, 15)
+    assert "at 15 m" in caplog.records[0].getMessage()
+
+
+def test_a_band_that_files_lack_is_named_beside_those_that_they_have(write_raster, make_index, noise):
+    path = write_raster("a.tif", noise(2, 32, 32), descriptions=("B2", "B4"))
+    _, index, skipped = make_index(path, sensor="sentinel2-l2a", size=32, bands=("B4", "B8"))
+    assert len(index) == 0
+    assert "it has 2 bands (B2, B4) and not the 2 asked for (B4, B8)" in only(skipped).reason
+
+
 def test_palettes_and_complex_values_are_not_measurements(write_raster, make_index, noise):
     path = write_raster("a.tif", noise(1, 32, 32).astype(np.complex64))
     _, _, skipped = make_index(path, size=32)
     assert "complex" in only(skipped).reason
+    entries = np.arange(32 * 32, dtype=np.uint16).reshape(1, 32, 32).astype(np.uint8)
+    path = write_raster("b.tif", entries, nodata=7)
+    table = {entry: (entry, 255 - entry, 9, 255) for entry in range(200)} | {3: (1, 2, 3, 0)}
+    with rasterio.open(path, "r+") as dataset:
+        dataset.write_colormap(1, table)
+    _, _, skipped = make_index(path, size=32)
+    assert "data.palette=rgb" in only(skipped).reason
+    domain, index, _ = make_index(path, size=32, palette="rgb", bands=("blue", "red"), min_valid=0)
+    sample = domain.reader(index).read(index[0])
+    with rasterio.open(path) as dataset:
+        colours = np.array([dataset.colormap(1)[entry] for entry in range(256)], np.uint8)[entries[0]]
+    seen = (entries[0] != 7) & (colours[..., 3] > 0)
+    np.testing.assert_array_equal(sample.valid, np.stack([seen, seen]))
+    np.testing.assert_array_equal(sample.values, np.where(seen, colours[..., [2, 0]].transpose(2, 0, 1), 0))
+    assert sample.values.dtype == np.uint8
+    domain, index, _ = make_index(path, size=32, palette="index", min_valid=0)
+    np.testing.assert_array_equal(domain.reader(index).read(index[0]).values, np.where(entries == 7, 0, entries))
+    _, _, skipped = make_index(path, size=32, palette="rgb", sensor="sentinel1")
+    assert "has no red, green, blue" in only(skipped).reason
 
 
 def test_an_empty_folder_and_a_missing_path_are_usage_errors(make_index, tmp_path: Path):

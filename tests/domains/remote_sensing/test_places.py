@@ -139,6 +139,15 @@ def test_windows_are_resampled_around_places(tmp_path, raster, make_index):
     assert index[0].position == pytest.approx((14, 24))
 
 
+def test_windows_of_places_stay_inside_a_region(tmp_path, raster, make_index):
+    file = _write(tmp_path / "p.gpkg", SQUARES, "EPSG:32632", {"label": list("abc")})
+    _, index, skipped = make_index(raster, size=16, places=file, region=(3, 60, 51, 4), region_unit="pixel")
+    found = {window.position: window.label for window in map(index.__getitem__, range(len(index)))}
+    # A grid of 16 px from row 4, column 3; the square of 4 px at (40, 40) has its window moved in from column 34.
+    assert found == {(4, 3): "a", (20, 3): "a", (4, 19): "a", (20, 19): "a", (34, 34): "c"}
+    assert [entry.path.rpartition("#")[2] for entry in skipped.entries] == ["1"]
+
+
 def test_nothing_is_lost_silently(tmp_path, write_raster, noise, make_index):
     values = noise(1, 64, 96)
     values[:, :, 48:] = 0

@@ -14,7 +14,7 @@ from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window as RasterWindow
 
 from fmsuite.core.data.index import Window
-from fmsuite.domains.remote_sensing.raster import metres_per_pixel
+from fmsuite.domains.remote_sensing.metres import metres_per_pixel
 from fmsuite.errors import ReadFailure
 
 
