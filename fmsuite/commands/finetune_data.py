@@ -108,7 +108,7 @@ def collect(
     Raises:
         UsageError: if labels are missing or are not the task's, a case has several, or there is no usable split.
     """
-    notes: list[str] = []
+    notes = [str(note) for note in whole.metadata.get("notes", [])]
     kept, values, classes = _targets(config, domain, whole, skipped, targets, notes)
     index = whole.select(kept)
     sides = _column(index, "split")

@@ -44,7 +44,7 @@ def test_a_scene_is_a_group_by_default_and_never_on_both_sides(index: SampleInde
     sources = np.array(index.table.column("source").cast(pa.string()).to_pylist())
     assert not set(sources[windows.split.train.numpy()]) & set(sources[windows.split.test.numpy()])
     assert len(windows.group_names) == 6
-    assert said(index) == said(index, folds=2) == "Kept apart: scenes."
+    assert said(index) == said(index, folds=2) == "Kept apart: what the data call a group (scene)."
 
 
 def test_blocks_and_places_are_named_with_their_size_and_file(index: SampleIndex) -> None:
@@ -56,6 +56,9 @@ def test_blocks_and_places_are_named_with_their_size_and_file(index: SampleIndex
     assert "1 window across their borders, or nearer to them than 80 m, was left out" in near
     assert said(index, places={"file": "a/cover.shp", "grouped": True}) == (
         "Kept apart: the polygons, or the groups, of cover.shp."
+    )
+    assert "of cover.shp. 2 pairs of neighbours in different groups share pixels." in said(
+        index, places={"file": "a/cover.shp", "grouped": True, "meeting": 2}
     )
     assert "points of p.geojson, but for those whose windows share pixels" in said(
         index, places={"file": "p.geojson", "grouped": False}
