@@ -133,7 +133,7 @@ def bench(
         primary=primary_of_classes(evaluations),
         interval=intervals(evaluations),
         evaluations=evaluations,
-        notes=[*windows.notes, *notes, *said_of_folds(windows), *of_values, *shared_controls(found)],
+        notes=[*windows.notes, *notes, *said_of_folds(windows, evaluations), *of_values, *shared_controls(found)],
         facts=opened.start.facts(
             command,
             seed,

@@ -205,7 +205,7 @@ def kept_apart(windows: LabelledWindows, units: Units) -> str:
         if places.get("meeting"):
             said += f" {counted(int(places['meeting']), 'pair')} of neighbours in different groups share pixels."
     else:
-        said = f"Kept apart: {plural(units.group)}."
+        said = f"Kept apart: what the data call a group ({units.group})."
     divided = _divided(windows)
     if divided:
         whose = f"{counted(divided, units.source)} {'has' if divided == 1 else 'have'}"
@@ -225,14 +225,15 @@ def _divided(windows: LabelledWindows) -> int:
     return len(np.intersect1d(code[learned], code[asked]))
 
 
-def said_of_folds(windows: LabelledWindows) -> list[str]:
+def said_of_folds(windows: LabelledWindows, evaluations: Sequence[Evaluation]) -> list[str]:
     if not isinstance(windows.split, Folds):
         return []
-    return [
+    said = (
         "Folds: the answers of all folds are put together before they are scored. Metrics of scores (AUROC, average "
-        "precision) so compare what different classifiers said, which can lower them; few-shot draws know no folds: "
-        "each asks about the groups that gave it no example."
-    ]
+        "precision) so compare what different classifiers said, which can lower them."
+    )
+    few = " Few-shot draws know no folds: each asks about the groups that gave it no example."
+    return [said + (few if any(e.shots is not None for e in evaluations) else "")]
 
 
 def _example_data(plugin: Domain) -> Path:

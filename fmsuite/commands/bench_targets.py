@@ -162,7 +162,7 @@ def bench_targets(
             notes=[
                 *items.notes,
                 *notes,
-                *said_of_folds(items),
+                *said_of_folds(items, evaluations),
                 *of_values,
                 *_said_of_shares(items, drawn),
                 *shared_controls(found),

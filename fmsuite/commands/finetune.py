@@ -29,6 +29,7 @@ from fmsuite.core.data.index import SampleIndex
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
+from fmsuite.core.evaluation.case_scores import kept_of
 from fmsuite.core.evaluation.cases import DENSE, Arm, FinetuneResults, TunedRun
 from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.lock import WriterLock
@@ -239,6 +240,7 @@ def _points(setup: Setup) -> Points:
         lambda source: open_scene(data.domain, data.index, source),
         list(dict.fromkeys(case.sources[0] for case in data.cases if case.group in train)),
         config.label_map,
+        config.first_class,
         len(data.classes),
         len(data.domain.input_spec(data.index).axes),
         derive(config.seed, "points"),
@@ -285,7 +287,7 @@ def _judge(setup: Setup, plan: RunPlan) -> TunedRun:
         write = setup.out / PREDICTIONS / plan.folder.relative_to("runs") if config.judge.write else None
         scores, run.failed = judge_scenes(config, data, network, numbers, device, setup.skipped, write, shown)
         run.cases = [number for number in numbers if number in scores]
-        run.scores = {name: [scores[number][name] for number in run.cases] for name in config.judge.metrics}
+        run.scores = {name: [scores[number][name] for number in run.cases] for name in kept_of(config.judge.metrics)}
     else:
         outputs, run.failed = judge_windows(config, data, network, numbers, device, setup.skipped, shown)
         run.cases = [number for number in numbers if number in outputs]

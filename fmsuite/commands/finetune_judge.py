@@ -13,7 +13,7 @@ from fmsuite.commands.finetune_config import FinetuneConfig
 from fmsuite.commands.finetune_data import TaskData
 from fmsuite.core.adaptation.network_files import Network
 from fmsuite.core.adaptation.scenes import SceneBox, scene_scores
-from fmsuite.core.adaptation.task import Segmentation
+from fmsuite.core.adaptation.task import Change, Segmentation
 from fmsuite.core.backbones.datewise import one_date
 from fmsuite.core.data.cropped import CroppedScene
 from fmsuite.core.data.index import SampleIndex
@@ -21,7 +21,7 @@ from fmsuite.core.data.packed import open_reader
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.pipeline import IMAGE, WholeWindows
 from fmsuite.core.data.sample import Array, ArraySample
-from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.scene_maps import MapKind
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.evaluation.case_scores import segmentation_scores
@@ -75,6 +75,10 @@ def judge_scenes(
             failed.append(number)
             continue
         ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
+        if isinstance(network.task, Change) and ignore is not None:
+            # Where only one of the dates has data there is nothing to compare, whatever the map says.
+            both = scene.scores_to_native(said.valid[None].astype(np.float32))[0] > 0.5
+            truth = np.where(both, truth, ignore)
         try:
             found[number] = segmentation_scores(
                 predicted,
@@ -84,6 +88,7 @@ def judge_scenes(
                 config.judge.metrics,
                 config.judge.tolerance,
                 ignore,
+                config.first_class,
             )
         except FmsuiteError as error:
             raise UsageError(f"{case.sources[0]}: {error.message}", error.hint) from error
@@ -189,18 +194,17 @@ def save_panel(
     scene = case_scene(data, number)
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
+    truth = labels_of(scene, whole, config.label_map)
     predicted = scores_of(config, network, scene, device).scores.argmax(0)
     image = _picture(whole, network.spec, data.domain, len(scene.size))
     spacing = (whole.spacing or network.spec.spacing or (1.0,) * len(scene.size))[-len(scene.size) :]
     ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
-    slices = CaseSlices.of(
-        image,
-        whole.maps[config.label_map],
-        predicted,
-        spacing,
-        len(data.classes),
-        ignore=-1 if ignore is None else ignore,
-    )
+    classes = len(data.classes)
+    if config.first_class == 0:
+        # Pictures leave 0 undrawn: it stands for what is not known, and every class for one more.
+        truth, predicted = np.where(truth == ignore, 0, truth + 1), predicted + 1
+        ignore, classes = 0, classes + 1
+    slices = CaseSlices.of(image, truth, predicted, spacing, classes, ignore=-1 if ignore is None else ignore)
     path.parent.mkdir(parents=True, exist_ok=True)
     slices.save(path)
 

@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fmsuite.core.data.sample import Array
-from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.seeding import generator
 from fmsuite.domains.base import Domain, Progress
@@ -55,13 +55,14 @@ def foreground_points(
     scenes: Callable[[str], Scene],
     sources: Sequence[str],
     name: str,
+    first: int,
     classes: int,
     axes: int,
     seed: int,
     skipped: SkippedLog,
     progress: Progress,
 ) -> dict[str, dict[int, Array]]:
-    """Middles of labelled samples of each class but the background, ``POINTS`` of each at most, in the coordinates of
+    """Middles of labelled samples of each class from ``first`` on, ``POINTS`` of each at most, in the coordinates of
     ``Window.position``. A source that cannot be read has none and goes to ``skipped``.
 
     Args:
@@ -74,14 +75,14 @@ def foreground_points(
     for source in progress(sources, len(sources), "Looking for labels"):
         try:
             scene = scenes(source)
-            labels = scene.read((0,) * len(scene.size), scene.size).maps[name]
+            labels = labels_of(scene, scene.read((0,) * len(scene.size), scene.size), name)
         except ReadFailure as failure:
             skipped.add_failure(failure)
             continue
         draw = generator(seed, "points", source)
         found[source] = {}
         for label in np.unique(labels).tolist():
-            if label < 1:
+            if label < first:
                 continue
             if label >= classes:
                 raise UsageError(

@@ -23,6 +23,7 @@ from fmsuite.core.evaluation.case_scores import (
     Values,
     class_values,
     estimates,
+    kept_of,
     label_values,
     mean_values,
     metrics_of,
@@ -103,8 +104,8 @@ def collect_results(
 
 
 def _labels(config: FinetuneConfig, data: TaskData) -> list[str]:
-    """What metrics are given for: of a segmentation without the background."""
-    return list(data.classes[1:] if config.task_name in DENSE else data.classes)
+    """What metrics are given for: of a segmentation without its background."""
+    return list(data.classes[config.first_class :] if config.task_name in DENSE else data.classes)
 
 
 def _cells(
@@ -157,7 +158,7 @@ def _values(setup: Setup, runs: Sequence[TunedRun], judged: Sequence[int], label
                     [[np.nan if v is None else v for v in of_case[number][name]] for number in judged],  # type: ignore[call-overload]
                     dtype=torch.float64,
                 )
-                for name in (*config.judge.metrics, *(COUNTS if pooled else ()))
+                for name in kept_of(config.judge.metrics)
             }
             counts = CaseCounts(*(tables.pop(name) for name in COUNTS)) if pooled else None
             by_case = mean_values({name: table for name, table in tables.items() if name not in pooled}, labels)

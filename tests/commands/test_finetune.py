@@ -26,6 +26,7 @@ from fmsuite.core.data.skipped import SkippedLog  # noqa: E402
 from fmsuite.core.encoders import load_encoder, save_encoder  # noqa: E402
 from fmsuite.core.evaluation.cases import OVERALL, FinetuneResults  # noqa: E402
 from fmsuite.core.inputs import Channel, InputSpec  # noqa: E402
+from fmsuite.core.reports.case_slices import CaseSlices  # noqa: E402
 from fmsuite.errors import UsageError  # noqa: E402
 
 SPEC = InputSpec(
@@ -93,7 +94,12 @@ def write_task(folder: Path, name: str = "task", **changes: object) -> Path:
         "training": {"steps": 3, "batch_size": 2, "windows": "random", "foreground": 0.5, "workers": 0},
         "few": {"fractions": [0.2, 1.0]},
         "split": {"test": 0.25},
-        "judge": {"overlap": 0.25, "write": True, "replicates": 50},
+        "judge": {
+            "overlap": 0.25,
+            "write": True,
+            "replicates": 50,
+            "metrics": ["dice", "nsd", "hd95", "iou", "precision"],
+        },
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**raw, **changes}))
@@ -140,7 +146,7 @@ def test_fractions_are_nested_patients_and_nobody_is_on_both_sides(whole: Finetu
 
 def test_cases_are_judged_on_the_files_own_grids(place: Path, whole: FinetuneResults):
     """What is in the table is what nibabel and the definition make of the files that were written."""
-    run = whole.runs[1]
+    run, both, either, said = whole.runs[1], np.zeros(2), np.zeros(2), np.zeros(2)
     for number, dice in zip(run.cases, run.scores["dice"], strict=True):
         case = whole.cases[number]
         written = next((place / "whole" / "predictions" / "full" / "fraction-1" / "seed-0").glob(f"{case.id[:2]}*"))
@@ -151,6 +157,16 @@ def test_cases_are_judged_on_the_files_own_grids(place: Path, whole: FinetuneRes
         for label, value in zip((1, 2), dice, strict=True):
             sizes = (one == label).sum() + (other == label).sum()
             assert value == pytest.approx(2 * ((one == label) & (other == label)).sum() / sizes)
+            both[label - 1] += ((one == label) & (other == label)).sum()
+            either[label - 1] += ((one == label) | (other == label)).sum()
+            said[label - 1] += (one == label).sum()
+    cell = whole.cell("full", 1.0)
+    assert cell is not None
+    for place_of, label in enumerate(whole.labels):
+        assert cell.scores["iou"][label].mean == pytest.approx(both[place_of] / either[place_of])
+        if said[place_of]:
+            assert cell.scores["precision"][label].mean == pytest.approx(both[place_of] / said[place_of])
+    assert cell.scores["iou"][OVERALL].mean == pytest.approx((both / either).mean())
     rows = list(csv.DictReader((place / "whole" / "cases.csv").open()))
     assert len(rows) == sum(len(run.cases) for run in whole.runs)
     assert float(rows[0]["dice/low"]) == whole.runs[0].scores["dice"][0][0]
@@ -278,3 +294,24 @@ def test_networks_and_encoders_that_are_left(place: Path, tmp_path: Path, tune: 
         nibabel.load(tmp_path / "out" / "predictions" / run.folder.removeprefix("runs/") / source.name).dataobj
     )
     assert np.array_equal(written, judged)
+
+
+def test_without_a_background_class_0_is_judged_drawn_and_looked_for_like_the_others(place: Path, tmp_path: Path):
+    judge = {"background": False, "overlap": 0.25, "metrics": ["dice", "iou"], "write": True, "replicates": 50}
+    outcome = command.finetune(
+        write_task(place, "land", judge=judge, scratch=False, few={"fractions": [1.0]}), tmp_path / "out"
+    )
+    assert outcome.results is not None
+    assert outcome.results.labels == CLASSES
+    (run,) = outcome.results.runs
+    for number, dice in zip(run.cases, run.scores["dice"], strict=True):
+        case = outcome.results.cases[number]
+        written = next((tmp_path / "out" / "predictions").rglob(f"{case.id[:2]}*"))
+        said, true = (np.asarray(nibabel.load(path).dataobj) for path in (written, place / "labels" / case.id))
+        expected = [2 * ((said == n) & (true == n)).sum() / ((said == n).sum() + (true == n).sum()) for n in range(3)]
+        assert dice == pytest.approx(expected)
+    points = read_points(tmp_path / "out" / "points.npz")
+    assert all(sorted(classes) == [0, 1, 2] for classes in points.values())
+    best = CaseSlices.load(tmp_path / "out" / "panels" / "best.npz")
+    assert {n for shown in best.slices for n in np.unique(shown.truth)} <= {1, 2, 3}
+    assert len(best.dice) == 4

@@ -44,7 +44,7 @@ def test_a_scene_is_a_group_by_default_and_never_on_both_sides(index: SampleInde
     sources = np.array(index.table.column("source").cast(pa.string()).to_pylist())
     assert not set(sources[windows.split.train.numpy()]) & set(sources[windows.split.test.numpy()])
     assert len(windows.group_names) == 6
-    assert said(index) == said(index, folds=2) == "Kept apart: scenes."
+    assert said(index) == said(index, folds=2) == "Kept apart: what the data call a group (scene)."
 
 
 def test_blocks_and_places_are_named_with_their_size_and_file(index: SampleIndex) -> None:

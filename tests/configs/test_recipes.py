@@ -13,6 +13,7 @@ from fmsuite.configs import load_recipe, recipes
 from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.layers import Attention
+from fmsuite.core.backbones.positions import axis_widths
 from fmsuite.core.data.sample import MaskContext, SampleKey
 from fmsuite.core.inputs import Channel, InputSpec, rgb_channels
 from fmsuite.core.objectives.base import Objective, find_objective
@@ -125,8 +126,8 @@ def test_the_medical_recipes_have_the_published_shapes() -> None:
     assert swin.view_requests()[0].size == (96, 96, 96)
 
 
-def surveyed(name: str) -> Objective:
-    config = resolve_run("remote_sensing", name)
+def surveyed(name: str, *overrides: str) -> Objective:
+    config = resolve_run("remote_sensing", name, overrides=overrides)
     assert isinstance(config.data, RemoteSensingOptions)
     with torch.device("meta"):
         backbone = build_backbone(config.model, raster(config.data))
@@ -150,6 +151,20 @@ def test_the_remote_sensing_recipes_have_the_published_shapes() -> None:
     context = MaskContext(sensors.grid.token_axes, shape, np.ones(392, bool), np.random.default_rng(0), SampleKey(0, 0))
     # Of three modalities 98 of 588 tokens are visible.
     assert (~sensors.sampler(context)).sum() == round(392 * 98 / 588)
+
+
+@pytest.mark.parametrize("masking", ["random", "tube"])
+def test_satmae_of_series_encodes_calendars_and_masks_dates_alike_or_apart(masking: str) -> None:
+    temporal = surveyed("satmae-temporal", f"objective.masking={masking}")
+    assert (temporal.backbone.width, temporal.backbone.depth) == (1024, 24)
+    shares = axis_widths(temporal.grid.token_axes, 1024, temporal.backbone.config.position_widths)
+    assert shares == {"time": 384, "y": 320, "x": 320}
+    assert axis_widths(("time", "y", "x"), 512, temporal.config.decoder_position_widths)["time"] == 192
+    axes, shape = temporal.grid.token_axes, temporal.grid.shape((3, 224, 224))
+    context = MaskContext(axes, shape, np.ones(588, bool), np.random.default_rng(0), SampleKey(0, 0))
+    mask = temporal.sampler(context).reshape(3, 196)
+    assert (~mask).sum() == 147
+    assert (mask == mask[0]).all() == (masking == "tube")
 
 
 def test_rvsa_is_the_published_autoencoder_and_takes_windows() -> None:

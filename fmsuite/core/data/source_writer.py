@@ -52,7 +52,8 @@ class SourceWriter:
         self._write(VALUES, start, _halved(self.source, sample.values) if self.half else sample.values)
         self._write_valid(tuple(start), sample)
         for name, labels in sample.maps.items():
-            self._write(MAP + quote(name, safe=""), start, labels)
+            # A map that is alike for all dates is kept with each: then a piece is whole chunks of it as of the values.
+            self._write(MAP + quote(name, safe=""), start, np.ascontiguousarray(np.broadcast_to(labels, sample.size)))
 
     def _write_valid(self, start: tuple[int, ...], sample: ArraySample) -> None:
         """Where every piece is valid throughout, there is no such array: it begins with the first that is not."""

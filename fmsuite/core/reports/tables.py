@@ -67,6 +67,8 @@ BESIDE = {
     "macro_auroc": ("map", "micro_map"),
 }
 """Metrics that have a table of their own beside the primary one."""
+RETRIEVED = ("acc@1", "acc@5", "mv@5", "map@20")
+"""Of retrieval's metrics, those that have a column."""
 ERRORS = ("mae", "rmse")
 """Metrics of which less is better."""
 FINDING_METRICS = {"auroc": "AUROC", "map": "average precision"}
@@ -101,7 +103,8 @@ def score_tables(results: Results, marks: dict[str, int]) -> list[ScoreTable]:
             tables.append(_table(results, caption, "encoder", columns, marks, higher=other not in ERRORS))
         tables += _finding_tables(results, whole, marks)
     if RETRIEVAL in methods:
-        names = list(dict.fromkeys(n for e in results.evaluations if e.method == RETRIEVAL for n in e.metrics))
+        there = {name for e in results.evaluations if e.method == RETRIEVAL for name in e.metrics}
+        names = [name for name in RETRIEVED if name in there]
         columns = [(metric_name(name), RETRIEVAL, None, None, name) for name in names]
         tables.append(_table(results, f"retrieval, {everything(results.folds)}", "encoder", columns, marks))
     for method in methods:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.sample import Array
+from fmsuite.domains.remote_sensing.eopatch_maps import open_array_map
 from fmsuite.domains.remote_sensing.grids import Grid
 from fmsuite.domains.remote_sensing.maps import is_template
 from fmsuite.domains.remote_sensing.names import layer_of
@@ -134,6 +135,8 @@ def _open(key: tuple[str, str, Grid], options: RemoteSensingOptions) -> OpenMap:
     if not Path(path).exists():
         raise ReadFailure(path, STAGE, "there is no such file.", "Correct data.maps, or leave the raster out.")
     ignore = options.map_ignore.get(name, ())
+    if Path(path).suffix.lower() == ".npy":
+        return open_array_map(path, (grid[0], grid[1]), ignore, UNKNOWN, STAGE)
     if Path(path).suffix.lower() in VECTORS:
         several = is_template(options.maps[name])
         return open_polygons(

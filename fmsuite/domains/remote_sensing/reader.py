@@ -74,7 +74,7 @@ class RasterReader:
             valid,
             coords={"time": carried([day or 0.0 for day, _ in dates])},
             spacing=None if spacing is None else (1.0, *spacing),
-            maps={name: np.repeat(labels[None], len(dates), axis=0) for name, labels in maps.items()},
+            maps=maps,
         )
 
     def files_of(self, source: str) -> Dates:
@@ -120,7 +120,7 @@ class RasterReader:
         extent: Sequence[float],
         valid: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """The label maps of a window, (y, x) int16, -1 where no band has data at any date.
+        """The label maps of a window, (y, x) int16, alike for all dates; -1 where no band has data at any.
 
         Args:
             valid: (C, time, y, x).

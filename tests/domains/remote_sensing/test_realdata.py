@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime
+from pathlib import Path
+
 import numpy as np
 import pyproj
 import pytest
 import rasterio
+import torch
 from rasterio.windows import Window
 
+from fmsuite.commands.pretrain import pretrain
+from fmsuite.commands.setup import open_index
+from fmsuite.core.backbones.build import build_backbone
+from fmsuite.core.backbones.calendar import calendar
+from fmsuite.core.data.sample import View
+from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.encoders import Encoder, load_encoder
+from fmsuite.domains.base import load_domain
 from fmsuite.domains.remote_sensing import read_raster
-from fmsuite.domains.remote_sensing.eopatch import TIMESTAMPS
+from fmsuite.domains.remote_sensing.eopatch_files import TIMESTAMPS
+from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.raster import SUFFIXES
 
 pytestmark = pytest.mark.realdata
@@ -225,3 +239,68 @@ def test_points_of_a_series_lie_in_its_sinusoidal_grid(real_data, make_index):
             assert left <= column < left + 8
             if 4 <= column < 251 and 4 <= line_of < 143:
                 assert (top + 4, left + 4) == (int(line_of), int(column))
+
+
+def test_eolearn_folder_of_68_dates(real_data, make_index):
+    folder = real_data / "remote_sensing" / "eolearn_patch"
+    options = {"series": True, "bands": ("NDVI",), "size": 32, "stride": 64}
+    domain, index, skipped = make_index(folder, cloud_band="CLM", **options)
+    assert [Path(entry.path).name for entry in skipped.entries] == ["import-tiff-test1.tiff"]
+    spec = domain.input_spec(index)
+    assert (spec.size, spec.channel_names) == ((68, 32, 32), ("NDVI",))
+    # As bbox.geojson has it: 999.5 by 1009.7 m.
+    assert spec.spacing == pytest.approx((1, 9.9974, 9.9948), abs=1e-4)
+    stamps = [datetime.fromisoformat(text) for text in json.loads((folder / "timestamps.json").read_text())]
+    values, clouds = (np.load(folder / file)[..., 0] for file in ("data/NDVI.npy", "mask/CLM.npy"))
+    reader = domain.reader(index)
+    for row in range(len(index)):
+        sample = reader.read(index[row])
+        _, top, left = (int(place) for place in index[row].position)
+        box = np.s_[:, top : top + 32, left : left + 32]
+        np.testing.assert_array_equal(sample.valid[0], clouds[box] != 1)
+        np.testing.assert_array_equal(sample.values[0], np.where(clouds[box] != 1, values[box], 0))
+    found = calendar(torch.from_numpy(sample.coords["time"]))
+    assert found.tolist() == [[stamp.year - 2002, stamp.month - 1, stamp.hour] for stamp in stamps]
+    maps = {"cover": "{folder}/mask_timeless/LULC.npy"}
+    domain, index, _ = make_index(folder, maps=maps, **options)
+    (cover,) = domain.reader(index).read(index[0]).maps.values()
+    _, top, left = (int(place) for place in index[0].position)
+    expected = np.load(folder / "mask_timeless" / "LULC.npy")[top : top + 32, left : left + 32, 0]
+    np.testing.assert_array_equal(cover, expected)
+
+
+@pytest.mark.parametrize("data", ["modis_ndvi_series", "eolearn_patch"])
+def test_masked_training_on_series_and_what_dates_tell(real_data, tmp_path, data):
+    """With dates on other images the features are others, unless the positions know nothing of time."""
+    folder, bands = real_data / "remote_sensing" / data, ["data.bands=[NDVI]"] if data == "eolearn_patch" else []
+    small = ["width=24", "depth=1", "heads=2", "patch_size=16", "input_size=[4,32,32]", "position_widths={time: 12}"]
+    decoder = ["width=24", "depth=1", "heads=2", "position_widths={time: 12}"]
+    overrides = [
+        *bands,
+        *("data.size=32", "data.stride=96", "data.dates_per_sample=4"),
+        *(f"model.{item}" for item in small),
+        *(f"objective.decoder_{item}" for item in decoder),
+        *("training.epochs=null", "training.steps=6", "training.batch_size=4", "training.workers=0"),
+        *("optim.lr=1.0e-2", "optim.lr_scaling=none", "monitor.every=0", "training.device=cpu"),
+    ]
+    run = pretrain("remote_sensing", [folder], recipe="satmae-temporal", out=tmp_path / "run", overrides=overrides)
+    losses = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in losses if "loss" in line)
+    encoder = load_encoder(run.folder)
+    assert encoder.backbone.config.time_encoding == "calendar"
+    domain, index = open_index(
+        load_domain("remote_sensing")(RemoteSensingOptions()), [run.folder / "index.parquet"], SkippedLog()
+    )
+    sample = domain.reader(index).read(index[0])
+    values = torch.from_numpy(np.ascontiguousarray(sample.values[None], np.float32))
+    valid = torch.from_numpy(sample.valid[None])
+    days = torch.from_numpy(sample.coords["time"][None])
+    order = torch.randperm(days.shape[1], generator=torch.Generator().manual_seed(0))
+    told, other = (View(values, valid, coords={"time": dates}) for dates in (days, days[:, order]))
+    assert (encoder.embed(told) - encoder.embed(other)).abs().max() > 1e-4
+    blind = encoder.backbone.config.model_copy(
+        update={"positions": "none", "position_widths": None, "time_encoding": "days"}
+    )
+    for config in (blind, blind.model_copy(update={"datewise": True})):
+        timeless = Encoder(build_backbone(config, encoder.backbone.spec), encoder.spec, "mean", {})
+        assert torch.equal(timeless.embed(told), timeless.embed(other))
