@@ -265,13 +265,19 @@ def similar(
     file: Annotated[Path, typer.Argument(help="A volume, or whatever the encoder's field calls a source.")],
     encoder: Annotated[str, typer.Option("--encoder", "-e", help="A run folder; or as for `embed`.")],
     at: Annotated[
-        list[str], typer.Option("--at", metavar="X,Y,Z", help="A place: voxel numbers of the file; repeatable.")
+        list[str],
+        typer.Option(
+            "--at", metavar="X,Y,Z", help="A place: voxel numbers of the file, or X,Y of a raster; repeatable."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The map; a picture with the same name lies beside it.")],
     negative: Annotated[
         list[str] | None, typer.Option("--negative", metavar="X,Y,Z", help="A place that is not meant; repeatable.")
     ] = None,
-    world: Annotated[bool, typer.Option("--world", help="Places are millimetres in world coordinates (RAS).")] = False,
+    world: Annotated[
+        bool,
+        typer.Option("--world", help="Places are world coordinates: millimetres (RAS), or those of a raster's CRS."),
+    ] = False,
     combine: Annotated[
         Literal["max", "mean"], typer.Option(help="Of several places: the most similar one, or the mean.")
     ] = "max",
@@ -317,6 +323,40 @@ def similar(
     if made.mask is not None:
         say(f"At {made.threshold:.3f} and above: {made.mask}")
     say(f"Picture: {made.picture}")
+
+
+@app.command(name="map")
+def map_features(
+    files: Annotated[list[Path], typer.Argument(help="Rasters or folders.")],
+    encoder: Annotated[str, typer.Option("--encoder", "-e", help="A run folder; or as for `embed`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers as well.")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    domain: Annotated[
+        str | None, typer.Option("--domain", "-d", help="How to read the files, where the encoder does not say so.")
+    ] = None,
+    overrides: Overrides = None,
+    strict: Strict = False,
+) -> None:
+    """Draw an encoder's features over whole rasters: three principal components as colours."""
+    from fmsuite.commands.feature_pictures import feature_pictures as run
+
+    made = run(
+        encoder,
+        files,
+        out,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        domain=domain,
+        overrides=overrides or [],
+        strict=strict,
+        progress=console_progress,
+    )
+    for path in made.files:
+        say(str(path))
+    finish(made.skipped)
 
 
 @app.command()

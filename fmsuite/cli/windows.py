@@ -58,6 +58,8 @@ def tile(
         progress=console_progress,
     )
     say(f"{len(result.index)} windows from {len(result.index.sources)} sources: {result.path}")
+    for note in result.index.metadata.get("notes", []):
+        say(note)
     if result.previews:
         say(f"{len(result.previews)} previews: {result.previews[0].parent}")
     finish(result.skipped.summary())

@@ -202,6 +202,8 @@ def kept_apart(windows: LabelledWindows, units: Units) -> str:
         if not places.get("grouped"):
             what = f"the points of {file}, but for those whose {plural(units.window)} share pixels"
         said = f"Kept apart: {what}."
+        if places.get("meeting"):
+            said += f" {counted(int(places['meeting']), 'pair')} of neighbours in different groups share pixels."
     else:
         said = f"Kept apart: what the data call a group ({units.group})."
     divided = _divided(windows)

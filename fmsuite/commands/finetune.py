@@ -240,6 +240,7 @@ def _points(setup: Setup) -> Points:
         lambda source: open_scene(data.domain, data.index, source),
         list(dict.fromkeys(case.sources[0] for case in data.cases if case.group in train)),
         config.label_map,
+        config.first_class,
         len(data.classes),
         len(data.domain.input_spec(data.index).axes),
         derive(config.seed, "points"),

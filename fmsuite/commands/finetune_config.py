@@ -69,6 +69,8 @@ class JudgeOptions(Section):
         tolerance: of the normalised surface distance, in the input's unit of length.
         metrics: of a segmentation: ``dice``, ``nsd`` and ``hd95`` are means over the cases, ``iou``, ``f1``,
             ``precision`` and ``recall`` are of all cases' samples together.
+        background: of a segmentation, class 0 is what is left: it is not judged, not drawn, and no window of
+            ``training.foreground`` is centred on it. Where it is a class as the others are (land cover), false.
         by: of the other tasks, what the mean of the windows' answers stands for.
         replicates, confidence: of the bootstrap intervals.
         write: keep the predictions: label maps in the sources' own format.
@@ -79,6 +81,7 @@ class JudgeOptions(Section):
     batch: int = Field(default=4, ge=1)
     tolerance: float = Field(default=1.0, ge=0)
     metrics: tuple[Literal["dice", "nsd", "hd95", "iou", "f1", "precision", "recall"], ...] = ("dice", "nsd", "hd95")
+    background: bool = True
     by: Literal["source", "group"] = "source"
     replicates: int = Field(default=1000, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
@@ -162,6 +165,11 @@ class FinetuneConfig(Section):
     def label_map(self) -> str | None:
         """Of a task that is learned from one."""
         return self.task.get("label_map") if self.task_name in DENSE else None
+
+    @property
+    def first_class(self) -> int:
+        """Of a segmentation, the first of its classes that is judged."""
+        return int(self.judge.background)
 
     @property
     def _tune(self) -> str:

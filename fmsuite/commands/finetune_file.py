@@ -151,7 +151,7 @@ def _check_task(name: str, task: Mapping[str, Any], classes: Sequence[str], targ
     if name in DENSE and len(classes) < 2:
         raise UsageError(
             f"{origin}: task.classes must name the values of the label map from 0 on, the background included.",
-            "Such as [background, tumour].",
+            "Such as [background, tumour]; where 0 is a class as the others are, set judge.background to false.",
         )
     if name == "multilabel" and not (classes and targets):
         raise UsageError(

@@ -88,6 +88,7 @@ def judge_scenes(
                 config.judge.metrics,
                 config.judge.tolerance,
                 ignore,
+                config.first_class,
             )
         except FmsuiteError as error:
             raise UsageError(f"{case.sources[0]}: {error.message}", error.hint) from error
@@ -100,14 +101,16 @@ def judge_scenes(
 
 
 def case_scene(data: TaskData, number: int) -> Scene:
-    """What is judged of a case: its source, or, where others have windows in that too, the box around its own.
+    """What is judged of a case: its source, or, where others have windows in that too or the groups are blocks of the
+    ground, the box around its own.
 
     Raises:
         UsageError, ReadFailure: as ``open_scene``.
     """
     case, rows = data.cases[number], data.rows_of_case[number]
     scene = open_scene(data.domain, data.index, case.sources[0])
-    if sum(other.sources[0] == case.sources[0] for other in data.cases) == 1:
+    alone = sum(other.sources[0] == case.sources[0] for other in data.cases) == 1
+    if alone and "blocks" not in data.index.metadata:
         return scene
     axes, pitch = len(scene.size), np.asarray(scene.pitch)
     windows = [data.index[int(row)] for row in rows]
@@ -193,18 +196,17 @@ def save_panel(
     scene = case_scene(data, number)
     whole = scene.read((0,) * len(scene.size), scene.size)
     assert config.label_map is not None
+    truth = labels_of(scene, whole, config.label_map)
     predicted = scores_of(config, network, scene, device).scores.argmax(0)
     image = _picture(whole, network.spec, data.domain, len(scene.size))
     spacing = (whole.spacing or network.spec.spacing or (1.0,) * len(scene.size))[-len(scene.size) :]
     ignore = network.task.config.ignore_index  # type: ignore[attr-defined]
-    slices = CaseSlices.of(
-        image,
-        labels_of(scene, whole, config.label_map),
-        predicted,
-        spacing,
-        len(data.classes),
-        ignore=-1 if ignore is None else ignore,
-    )
+    classes = len(data.classes)
+    if config.first_class == 0:
+        # Pictures leave 0 undrawn: it stands for what is not known, and every class for one more.
+        truth, predicted = np.where(truth == ignore, 0, truth + 1), predicted + 1
+        ignore, classes = 0, classes + 1
+    slices = CaseSlices.of(image, truth, predicted, spacing, classes, ignore=-1 if ignore is None else ignore)
     path.parent.mkdir(parents=True, exist_ok=True)
     slices.save(path)
 

@@ -55,13 +55,14 @@ def foreground_points(
     scenes: Callable[[str], Scene],
     sources: Sequence[str],
     name: str,
+    first: int,
     classes: int,
     axes: int,
     seed: int,
     skipped: SkippedLog,
     progress: Progress,
 ) -> dict[str, dict[int, Array]]:
-    """Middles of labelled samples of each class but the background, ``POINTS`` of each at most, in the coordinates of
+    """Middles of labelled samples of each class from ``first`` on, ``POINTS`` of each at most, in the coordinates of
     ``Window.position``. A source that cannot be read has none and goes to ``skipped``.
 
     Args:
@@ -81,7 +82,7 @@ def foreground_points(
         draw = generator(seed, "points", source)
         found[source] = {}
         for label in np.unique(labels).tolist():
-            if label < 1:
+            if label < first:
                 continue
             if label >= classes:
                 raise UsageError(

@@ -104,8 +104,8 @@ def collect_results(
 
 
 def _labels(config: FinetuneConfig, data: TaskData) -> list[str]:
-    """What metrics are given for: of a segmentation without the background."""
-    return list(data.classes[1:] if config.task_name in DENSE else data.classes)
+    """What metrics are given for: of a segmentation without its background."""
+    return list(data.classes[config.first_class :] if config.task_name in DENSE else data.classes)
 
 
 def _cells(

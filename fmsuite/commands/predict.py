@@ -116,6 +116,21 @@ def _options(network: Network, overrides: Sequence[str]) -> Any:
     return validate(kind, asked["data"], "data", "command line")
 
 
+def stems_of(index: SampleIndex, out: Path) -> list[str]:
+    """What the maps of an index's sources are called in a folder.
+
+    Raises:
+        UsageError: if two would have one name, or one would take the place of a source.
+    """
+    stems = [file_stem(Path(source).name) for source in index.sources]
+    twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"Several files are called {twice}.", "Predict them into folders of their own.")
+    if out.resolve() in {Path(source).resolve().parent for source in index.sources}:
+        raise UsageError(f"{out}: maps would take the names of the files here.", "Choose another folder with --out.")
+    return stems
+
+
 def _maps(
     task: Segmentation,
     network: Network,
@@ -134,12 +149,7 @@ def _maps(
         kinds: what follows a file's name, and what is then written.
     """
     files: list[Path] = []
-    stems = [file_stem(Path(source).name) for source in index.sources]
-    twice = next((stem for stem, count in Counter(stems).items() if count > 1), None)
-    if twice is not None:
-        raise UsageError(f"Several files are called {twice}.", "Predict them into folders of their own.")
-    if out.resolve() in {Path(source).resolve().parent for source in index.sources}:
-        raise UsageError(f"{out}: maps would take the names of the files here.", "Choose another folder with --out.")
+    stems = stems_of(index, out)
     for source, stem in progress(list(zip(index.sources, stems, strict=True)), len(stems), "Predicting"):
         writers: list[SceneWriter] = []
         try:

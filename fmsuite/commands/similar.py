@@ -76,7 +76,8 @@ def similar(
     Args:
         encoder: anything ``open_encoder`` opens; with ``domain`` where it does not say how its files were read.
         out: ``NAME`` or ``NAME.SUFFIX``; the field's own suffix takes the place of one of a NIfTI or TIFF file.
-        at, negative: places, "X,Y,Z": samples along the file's own axes, or with ``world`` its world coordinates.
+        at, negative: places, "X,Y,Z": samples along the file's own axes (of a raster "X,Y", column and row), or with
+            ``world`` its world coordinates.
         combine: of several places, the nearest (``max``) or the mean; of the negative ones the nearest counts.
         centre: see ``TokenMap.directions``.
         threshold: ``auto`` (Otsu's) or a number; a mask of what reaches it is written as well.
@@ -93,7 +94,7 @@ def similar(
     places, unwanted = [_numbers(text, world) for text in at], [_numbers(text, world) for text in negative]
     model = open_encoder(encoder)
     opened, index = open_index(
-        *_opened(encoder, model, file, domain, overrides), SkippedLog(None, strict=True), progress
+        opened_domain(encoder, model, domain, overrides), [file], SkippedLog(None, strict=True), progress
     )
     spec = opened.input_spec(index)
     model = model.fitted(spec)
@@ -175,10 +176,12 @@ def _numbers(text: str, world: bool) -> list[float]:
     return values
 
 
-def _opened(
-    encoder: str, model: Encoder, file: Path, domain: str | None, overrides: Sequence[str]
-) -> tuple[Domain, list[Path]]:
-    """The domain that reads the file as the encoder's training data were read, without labels and label maps."""
+def opened_domain(encoder: str, model: Encoder, domain: str | None, overrides: Sequence[str]) -> Domain:
+    """The domain that reads files as the encoder's training data were read, without labels and label maps.
+
+    Raises:
+        UsageError: if nothing says how that was.
+    """
     config = Path(encoder) / "config.yaml"
     if config.is_file():
         run = read_run_config(config)
@@ -188,7 +191,7 @@ def _opened(
         kind, known = plugin.Options, {*plugin.truth_options, *LabelOptions.model_fields}
         raw = {key: value for key, value in run.data.model_dump().items() if key not in known}
         options: BaseModel = validate(kind, _without_labels(kind, raw, overrides), "data", "command line")
-        return open_domain(run.domain, options), [file]
+        return open_domain(run.domain, options)
     if domain is None and model.spec.reading is not None:
         domain = model.spec.reading.domain
     if domain is None:
@@ -198,7 +201,7 @@ def _opened(
         )
     kind = load_domain(domain).Options
     raw = domain_options(domain, overrides, None, [model]).model_dump(exclude_unset=True)
-    return open_domain(domain, validate(kind, _without_labels(kind, raw, ()), "data", "command line")), [file]
+    return open_domain(domain, validate(kind, _without_labels(kind, raw, ()), "data", "command line"))
 
 
 def _without_labels(kind: type[BaseModel], raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -213,12 +216,15 @@ def _sample(scene: Scene, place: Sequence[float], world: bool) -> tuple[int, ...
     Raises:
         UsageError: for a place outside of the file, with the range.
     """
-    found = scene.from_world(place) if world else tuple(int(value) for value in place)
+    found = scene.from_world(place) if world else scene.from_file([int(value) for value in place])
     said = ",".join(f"{value:g}" for value in place)
     if len(found) != len(scene.native_size):
         raise UsageError(f"--at {said}: the file has {len(scene.native_size)} axes.", "Give one number an axis.")
     if any(not 0 <= value < length for value, length in zip(found, scene.native_size, strict=True)):
-        ranges = ", ".join(f"0 to {length - 1}" for length in scene.native_size)
+        # In the order in which places are given.
+        order = scene.from_file(range(len(found)))
+        lengths = dict(zip(order, scene.native_size, strict=True))
+        ranges = ", ".join(f"0 to {lengths[axis] - 1}" for axis in sorted(lengths))
         where = f"{said} is sample {','.join(map(str, found))}" if world else said
         raise UsageError(f"{where}: outside of the file, whose samples go from {ranges}.", "Click inside of it.")
     return found

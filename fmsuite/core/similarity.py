@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +55,22 @@ class TokenMap:
         return F.normalize(values, dim=0)
 
 
-def token_map(
+@dataclass(frozen=True)
+class TokenStripe:
+    """Features of a part of the grid of patches.
+
+    Attributes:
+        start: where it begins, in tokens.
+        features: (D, *extent) float32, zero where not valid.
+        valid: (*extent) bool.
+    """
+
+    start: tuple[int, ...]
+    features: Tensor
+    valid: Tensor
+
+
+def stream_tokens(
     encoder: Encoder,
     read: Read,
     size: Sequence[int],
@@ -65,7 +80,9 @@ def token_map(
     blend: Blend = "gaussian",
     batch: int = 4,
     device: torch.device | str = "cpu",
-) -> TokenMap:
+    project: Tensor | None = None,
+    panel: int | None = None,
+) -> Iterator[TokenStripe]:
     """Patch features of a source of any size: windows as large as the encoder's input, which begin at whole patches,
     are averaged where they overlap (of several channel groups, all groups alike).
 
@@ -76,6 +93,8 @@ def token_map(
         spacing: physical length of a sample along each axis.
         overlap: least share of a window that the next one covers as well; whole patches.
         blend, batch: see ``sliding_window``.
+        project: (D, K) on ``device``: give K linear combinations of the features instead.
+        panel: width of a panel in windows, see ``stream_windows``; ``None`` for the source's own width.
 
     Raises:
         UsageError: for an encoder without a grid of patches, or with axes that are not spatial.
@@ -114,17 +133,51 @@ def token_map(
         found = encoder.features(view)
         known = found.layout.valid
         shown = torch.ones(found.patches.shape[:2], device=packed.device) if known is None else known.float()
-        features = found.patches.float() * shown[..., None]
+        features = found.patches.float()
+        if project is not None:
+            features = features @ project
+        features = features * shown[..., None]
         both = torch.cat([features, shown[..., None]], dim=2).unflatten(1, (-1, *window))
         return both.mean(1).movedim(-1, 1)
 
-    stripes = stream_windows(
-        network, read_tokens, tokens, window, overlap=overlap, blend=blend, batch=batch, device=device
+    for stripe in stream_windows(
+        network,
+        read_tokens,
+        tokens,
+        window,
+        overlap=overlap,
+        blend=blend,
+        batch=batch,
+        device=device,
+        panel=None if panel is None else panel * window[min(1, dims - 1)],
+    ):
+        values = stripe.values.cpu()
+        valid = values[-1] > 0
+        features = torch.where(valid, values[:-1] / values[-1].clamp(min=1e-12), 0.0)
+        yield TokenStripe((stripe.start, stripe.left, *[0] * dims)[:dims], features, valid)
+
+
+def token_map(
+    encoder: Encoder,
+    read: Read,
+    size: Sequence[int],
+    *,
+    spacing: Sequence[float] | None = None,
+    overlap: float = 0.5,
+    blend: Blend = "gaussian",
+    batch: int = 4,
+    device: torch.device | str = "cpu",
+) -> TokenMap:
+    """All of them at once; see ``stream_tokens``."""
+    options = {"spacing": spacing, "overlap": overlap, "blend": blend, "batch": batch, "device": device}
+    stripes = list(stream_tokens(encoder, read, size, **options))  # type: ignore[arg-type]
+    grid = encoder.backbone.grid
+    assert grid is not None
+    features, valid = (
+        torch.cat(parts, dim=at)
+        for parts, at in (([stripe.features for stripe in stripes], 1), ([stripe.valid for stripe in stripes], 0))
     )
-    whole = torch.cat([stripe.values.cpu() for stripe in stripes], dim=1)
-    weight = whole[-1]
-    valid = weight > 0
-    return TokenMap(torch.where(valid, whole[:-1] / weight.clamp(min=1e-12), 0.0), valid, patch, tuple(size))
+    return TokenMap(features, valid, grid.patch_size, tuple(size))
 
 
 def place_vector(directions: Tensor, valid: Tensor, patch: Sequence[int], place: Sequence[float]) -> Tensor:

@@ -190,7 +190,8 @@ class Domain(ABC):
     def index_metadata(self, index: SampleIndex, found: Sequence[SourceFacts], skipped: SkippedLog) -> dict[str, Any]:
         """What the index is to record beside its rows, as JSON values: channel names, statistics, spacing.
 
-        ``input_spec`` and ``reader`` read it back; the options need not be repeated there.
+        ``input_spec`` and ``reader`` read it back; the options need not be repeated there. ``notes`` are sentences on
+        how windows came about, which ``tile`` prints and results repeat.
 
         Args:
             index: the rows; its metadata is still empty.

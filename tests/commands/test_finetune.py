@@ -26,6 +26,7 @@ from fmsuite.core.data.skipped import SkippedLog  # noqa: E402
 from fmsuite.core.encoders import load_encoder, save_encoder  # noqa: E402
 from fmsuite.core.evaluation.cases import OVERALL, FinetuneResults  # noqa: E402
 from fmsuite.core.inputs import Channel, InputSpec  # noqa: E402
+from fmsuite.core.reports.case_slices import CaseSlices  # noqa: E402
 from fmsuite.errors import UsageError  # noqa: E402
 
 SPEC = InputSpec(
@@ -293,3 +294,24 @@ def test_networks_and_encoders_that_are_left(place: Path, tmp_path: Path, tune: 
         nibabel.load(tmp_path / "out" / "predictions" / run.folder.removeprefix("runs/") / source.name).dataobj
     )
     assert np.array_equal(written, judged)
+
+
+def test_without_a_background_class_0_is_judged_drawn_and_looked_for_like_the_others(place: Path, tmp_path: Path):
+    judge = {"background": False, "overlap": 0.25, "metrics": ["dice", "iou"], "write": True, "replicates": 50}
+    outcome = command.finetune(
+        write_task(place, "land", judge=judge, scratch=False, few={"fractions": [1.0]}), tmp_path / "out"
+    )
+    assert outcome.results is not None
+    assert outcome.results.labels == CLASSES
+    (run,) = outcome.results.runs
+    for number, dice in zip(run.cases, run.scores["dice"], strict=True):
+        case = outcome.results.cases[number]
+        written = next((tmp_path / "out" / "predictions").rglob(f"{case.id[:2]}*"))
+        said, true = (np.asarray(nibabel.load(path).dataobj) for path in (written, place / "labels" / case.id))
+        expected = [2 * ((said == n) & (true == n)).sum() / ((said == n).sum() + (true == n).sum()) for n in range(3)]
+        assert dice == pytest.approx(expected)
+    points = read_points(tmp_path / "out" / "points.npz")
+    assert all(sorted(classes) == [0, 1, 2] for classes in points.values())
+    best = CaseSlices.load(tmp_path / "out" / "panels" / "best.npz")
+    assert {n for shown in best.slices for n in np.unique(shown.truth)} <= {1, 2, 3}
+    assert len(best.dice) == 4

@@ -11,6 +11,7 @@ import yaml
 
 rasterio = pytest.importorskip("rasterio")
 
+from fmsuite.commands.contenders import contenders  # noqa: E402
 from fmsuite.commands.embed import embed  # noqa: E402
 from fmsuite.commands.finetune import finetune  # noqa: E402
 from fmsuite.commands.predict import predict  # noqa: E402
@@ -22,6 +23,7 @@ from fmsuite.core.backbones.datewise import Datewise, one_date  # noqa: E402
 from fmsuite.core.data.sample import View  # noqa: E402
 from fmsuite.core.data.skipped import SkippedLog  # noqa: E402
 from fmsuite.core.encoders import load_encoder, save_encoder  # noqa: E402
+from fmsuite.core.evaluation.cases import OVERALL  # noqa: E402
 from fmsuite.core.features import FeatureStore  # noqa: E402
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions  # noqa: E402
 
@@ -116,7 +118,7 @@ def test_changes_are_learned_judged_and_mapped(places: Path, encoder: Path) -> N
     found = finetune(file, places / "change")
     assert found.results is not None
     assert not found.skipped
-    assert found.results.cells[0].scores["dice"]["changed"].value > 0.6
+    assert found.results.cells[0].scores["dice"][OVERALL].mean > 0.6
     run = places / "change" / "runs" / "full" / "fraction-1" / "seed-0"
     network = load_network(run)
     assert isinstance(network.task.backbone, Datewise)
@@ -155,3 +157,16 @@ def test_series_are_classified(places: Path, encoder: Path) -> None:
     assert found.results is not None
     assert len(found.results.runs[0].cases) == 2
     assert all(len(outputs) == 2 for outputs in found.results.runs[0].outputs)
+
+
+def test_controls_of_an_encoder_of_images_take_series_too(places: Path, encoder: Path) -> None:
+    domain, index = open_index(
+        open_domain("remote_sensing", RemoteSensingOptions()), [places / "index.parquet"], SkippedLog()
+    )
+    found = contenders({"images": load_encoder(encoder)}, domain.input_spec(index), controls=True)
+    assert [contender.kind for contender in found][:2] == ["encoder", "untrained"]
+    sample = domain.reader(index).read(index[0])
+    view = View(torch.from_numpy(sample.values.astype(np.float32))[None])
+    vectors = [contender.embedder.embed(view) for contender in found]
+    assert vectors[0].shape == vectors[1].shape == (1, 24)
+    assert not torch.equal(vectors[0], vectors[1])

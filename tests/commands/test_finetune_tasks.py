@@ -188,8 +188,12 @@ def test_a_wrong_file_is_refused(place: Path, changes: dict, said: str):
 
 
 def test_tasks_that_come_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert [path.stem for path in TASK_FILES.glob("*.yaml")] == ["msd-hippocampus"]
+    assert {path.stem for path in TASK_FILES.glob("*.yaml")} == {"msd-hippocampus", "sentinel2-landcover"}
     monkeypatch.setenv("FMSUITE_DATA", str(tmp_path))
+    config = read_finetune(Path("sentinel2-landcover"))
+    assert config.paths == [tmp_path / "remote_sensing" / "sentinel2_rcr"]
+    assert len(config.classes) == 6
+    assert [arm.name for arm in config.arms] == ["frozen", "scratch"]
     config = read_finetune(Path("msd-hippocampus"))
     assert config.paths == [tmp_path / "medical" / "msd_hippocampus" / "images"]
     assert [arm.name for arm in config.arms] == ["full", "scratch", "frozen"]

@@ -57,6 +57,9 @@ def test_blocks_and_places_are_named_with_their_size_and_file(index: SampleIndex
     assert said(index, places={"file": "a/cover.shp", "grouped": True}) == (
         "Kept apart: the polygons, or the groups, of cover.shp."
     )
+    assert "of cover.shp. 2 pairs of neighbours in different groups share pixels." in said(
+        index, places={"file": "a/cover.shp", "grouped": True, "meeting": 2}
+    )
     assert "points of p.geojson, but for those whose windows share pixels" in said(
         index, places={"file": "p.geojson", "grouped": False}
     )

@@ -335,6 +335,9 @@ class PackedScene(Scene):
     def writer(self, path: Path, what: MapKind) -> SceneWriter:
         return self._native.writer(path, what)
 
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        return self._native.coarse_writer(path, what, step)
+
 
 def open_scene(domain: Domain, index: SampleIndex, source: str) -> Scene:
     """``Domain.scene``, with the pixels of the packed copy of whole sources where the index is of one.

@@ -108,6 +108,15 @@ class Scene(ABC):
         """
         return WholeWriter(self, path, what)
 
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        """Writes a map with one value for each box of ``step`` samples of the input's grid, from its first corner on;
+        the last boxes may reach beyond the scene.
+
+        Raises:
+            UsageError: if the domain's files have no such maps.
+        """
+        raise UsageError("Maps of this field are on the grid of its files only.", "Use `fmsuite similar`.")
+
     def place(self, samples: Array) -> Array:
         """Places on the input's grid, (..., D) counted in samples (sample k covers k to k + 1), to the coordinates of
         ``Window.position``, float64."""
@@ -186,6 +195,9 @@ class WrappedScene(Scene):
 
     def writer(self, path: Path, what: MapKind) -> SceneWriter:
         return self.scene.writer(path, what)
+
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        return self.scene.coarse_writer(path, what, step)
 
     def locate(self, place: Sequence[int]) -> tuple[float, ...] | None:
         return self.scene.locate(place)

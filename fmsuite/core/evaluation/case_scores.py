@@ -110,15 +110,17 @@ def segmentation_scores(
     metrics: Sequence[str],
     tolerance: float,
     ignore_index: int | None = -1,
+    first: int = 1,
 ) -> dict[str, list[float | None]]:
-    """One case on its own grid: by metric a value for each class but the background (0), ``None`` where a class is
-    neither in truth nor in prediction. Where one of ``POOLED_SHORT`` is asked for, also ``COUNTS``.
+    """One case on its own grid: by metric a value for each class from ``first`` on, ``None`` where a class is neither
+    in truth nor in prediction. Where one of ``POOLED_SHORT`` is asked for, also ``COUNTS``.
 
     Args:
         predicted, truth: integers of one shape.
         spacing: physical length of a sample along each axis.
         tolerance: of the normalised surface distance, in the unit of ``spacing``.
         ignore_index: the truth's value of what does not count; surfaces do not see it either.
+        first: 1 where class 0 is the background, 0 where it is a class as the others are.
 
     Raises:
         FmsuiteError: if the truth has a value that is no class.
@@ -143,7 +145,7 @@ def segmentation_scores(
     pooled = {name: rows[0].tolist() for name, rows in counts.by_class().items() if name in metrics}
     surfaces = bool({"nsd", "hd95"} & set(metrics))
     diagonal = math.hypot(*(length * step for length, step in zip(truth.shape, spacing, strict=True)))
-    for label in range(1, classes):
+    for label in range(first, classes):
         values = {"dice": dice[label], **{name: of_class[label] for name, of_class in pooled.items()}}
         if surfaces:
             distances = surface_distances((predicted == label) & known, (truth == label) & known, spacing)
@@ -156,7 +158,7 @@ def segmentation_scores(
             found[name].append(None if math.isnan(value) else float(value))
     if pooled:
         for name, numbers in zip(COUNTS, (counts.both, counts.true, counts.predicted), strict=True):
-            found[name] = numbers[0, 1:].tolist()
+            found[name] = numbers[0, first:].tolist()
     return found
 
 

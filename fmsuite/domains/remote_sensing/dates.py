@@ -159,7 +159,7 @@ def read_dates(table: Path, files: Sequence[SourceFile], skipped: SkippedLog) ->
         raise UsageError(
             f"{table}: none of its {len(lines)} lines names one of the {len(files)} files; its first names "
             f"'{lines[0][1]}', the first file is '{files[0].relative}'.",
-            "Name files by their path below the given folder.",
+            "Name files by their path below the given folder, or give their own table in data.dates.",
         )
     for number, name in unmatched:
         skipped.add(name, "dates", f"{table}, line {number}, names it, and no such file was found. Correct the line.")

@@ -8,21 +8,28 @@ has as many. Only arrays that numpy itself can read are read, never pickles: a f
 
 from __future__ import annotations
 
-import json
 import math
 import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmsuite.domains.remote_sensing.dates import days_of
+from fmsuite.domains.remote_sensing.eopatch_files import (
+    TIMESTAMPS,
+    feature_files,
+    named_bands,
+    read_array,
+    read_days,
+    read_mask,
+    read_place,
+)
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
+from fmsuite.domains.remote_sensing.plausible import refuse_reflectance
 from fmsuite.domains.remote_sensing.probe import Probe
 from fmsuite.domains.remote_sensing.raster import metres_per_pixel
 from fmsuite.errors import ReadFailure
@@ -31,7 +38,6 @@ from fmsuite.tiling.sources import SourceFile
 if TYPE_CHECKING:
     from affine import Affine
 
-TIMESTAMPS = "timestamps.json"
 _DATE = re.compile(rf"(?P<file>.*[\\/]{re.escape(TIMESTAMPS)})#(?P<number>\d+)")
 
 
@@ -99,7 +105,12 @@ class EOPatch:
         return PatchDate(self, number)
 
     def probes(self, place: str) -> list[Probe]:
-        """What its dates say of themselves, as files do."""
+        """What its dates say of themselves, as files do.
+
+        Raises:
+            ReadFailure: if the middle one's values contradict the sensor's specification by orders of magnitude.
+        """
+        self._refuse_implausible()
         dtype = str(np.result_type(*(array.dtype for array, _ in self.bands.values())))
         return [
             Probe(
@@ -116,6 +127,16 @@ class EOPatch:
             )
             for number, day in enumerate(self.days)
         ]
+
+    def _refuse_implausible(self) -> None:
+        options, names = self.options, tuple(self.bands)
+        sensor = options.spectral
+        if not sensor.bands or sensor.kind != "optical" or (options.scale, options.offset) != (None, None):
+            return
+        values, valid = self.date(len(self.days) // 2).read(names, 0, 0, *self.shape)
+        if valid.any():
+            quantifications = [options.quantification_of_channel(name) for name in names]
+            refuse_reflectance(self.path, values, valid, quantifications, options)
 
 
 @dataclass(frozen=True)
@@ -233,19 +254,19 @@ def open_patch(path: str, options: RemoteSensingOptions) -> EOPatch:
             path, "metadata", "a folder of this kind is of one sensor, and data.layers are several.", "Leave it out."
         )
     folder = Path(path).parent
-    days = _days(path)
-    arrays = {file.stem: _array(file, len(days)) for file in _features(folder, options)}
+    days = read_days(path)
+    arrays = {file.stem: read_array(file, len(days)) for file in feature_files(folder, options)}
     if not arrays:
         packed = sorted(file.name for file in (folder / "data").glob("*.npy.gz"))
         why = f"its features are compressed ({packed[0]})" if packed else "it has no data/*.npy"
         raise ReadFailure(path, "metadata", f"{why}.", "Save the features that are wanted as plain .npy files.")
     first, shape = next((name, array.shape[1:3]) for name, array in arrays.items())
-    masks = [_mask(folder, "IS_DATA", len(days))]
+    masks = [read_mask(folder, "IS_DATA", len(days))]
     if options.clouds is not None or isinstance(options.cloud_band, int):
         raise ReadFailure(
             path, "clouds", "its clouds are a feature of its folder mask.", "Name it: data.cloud_band=CLM, say."
         )
-    masks.append(None if options.cloud_band is None else _mask(folder, options.cloud_band, len(days), needed=True))
+    masks.append(None if options.cloud_band is None else read_mask(folder, options.cloud_band, len(days), needed=True))
     named = {folder / "data" / f"{name}.npy": array for name, array in arrays.items()}
     named |= {
         folder / "mask" / f"{name}.npy": mask
@@ -260,8 +281,8 @@ def open_patch(path: str, options: RemoteSensingOptions) -> EOPatch:
                 f"it has {array.shape[1]}x{array.shape[2]} pixels, and data/{first}.npy {shape[0]}x{shape[1]}.",
                 "Save the folder again.",
             )
-    crs, transform = _place(folder, shape)
-    return EOPatch(path, days, _named(path, arrays, options), masks[0], masks[1], crs, transform, options)
+    crs, transform = read_place(folder, shape)
+    return EOPatch(path, days, named_bands(path, arrays, options), masks[0], masks[1], crs, transform, options)
 
 
 def place_of(file: SourceFile, options: RemoteSensingOptions) -> str:
@@ -279,118 +300,3 @@ def place_of(file: SourceFile, options: RemoteSensingOptions) -> str:
             str(file.path), "metadata", "data.place_pattern is not found in its folder's name.", "Correct the pattern."
         )
     return found[1] if found.re.groups else found[0]
-
-
-def _days(path: str) -> tuple[float, ...]:
-    stamps = _json(Path(path))
-    if not isinstance(stamps, list) or not stamps:
-        raise ReadFailure(path, "metadata", "it is not a list of dates.", "Is this an EOPatch of eo-learn?")
-    try:
-        return tuple(days_of(datetime.fromisoformat(stamp)) for stamp in stamps)
-    except (TypeError, ValueError) as error:
-        raise ReadFailure(path, "metadata", f"a date in it cannot be parsed ({error}).", "Correct it.") from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReadFailure(str(path), "open", f"it cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise ReadFailure(str(path), "open", f"not JSON ({error}).", "Save the folder again.") from error
-
-
-def _features(folder: Path, options: RemoteSensingOptions) -> list[Path]:
-    """The arrays of ``data``; only those that are needed, where ``data.bands`` says so in their names."""
-    files = sorted((folder / "data").glob("*.npy"))
-    if options.spectral.bands or options.file_bands is not None or options.wanted_bands is None:
-        return files
-    wanted = options.wanted_bands
-    needed = [f for f in files if any(re.fullmatch(rf"{re.escape(f.stem)}(_\d+)?", name) for name in wanted)]
-    return needed or files
-
-
-def _array(file: Path, dates: int) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise ReadFailure(str(file), "open", f"not an array that numpy reads ({reason}).", "Fetch it again.") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ReadFailure(str(file), "metadata", "it is no array of numbers.", "Save it again.")
-    if array.ndim != 4 or 0 in array.shape:
-        raise ReadFailure(
-            str(file),
-            "metadata",
-            f"its shape is {array.shape}, not (dates, rows, columns, channels).",
-            "Save it again.",
-        )
-    if len(array) != dates:
-        raise ReadFailure(
-            str(file), "metadata", f"it has {len(array)} dates, and {TIMESTAMPS} {dates}.", "Save the folder again."
-        )
-    return array
-
-
-def _mask(folder: Path, name: str, dates: int, needed: bool = False) -> np.ndarray | None:
-    file = folder / "mask" / f"{name}.npy"
-    if file.is_file():
-        return _array(file, dates)
-    if needed:
-        there = ", ".join(sorted(path.stem for path in (folder / "mask").glob("*.npy"))) or "none"
-        raise ReadFailure(str(file), "clouds", f"there is no such mask; there are {there}.", "Correct data.cloud_band.")
-    return None
-
-
-def _place(folder: Path, shape: tuple[int, int]) -> tuple[Any, Affine]:
-    from rasterio.crs import CRS
-    from rasterio.errors import CRSError
-    from rasterio.transform import from_bounds
-
-    file = folder / "bbox.geojson"
-    box = _json(file)
-    try:
-        crs = CRS.from_user_input(box["crs"]["properties"]["name"])
-        corners = np.asarray(box["coordinates"][0], dtype=np.float64)[:, :2]
-        (west, south), (east, north) = corners.min(0), corners.max(0)
-    except (KeyError, IndexError, TypeError, ValueError, CRSError) as error:
-        raise ReadFailure(
-            str(file),
-            "metadata",
-            f"not a box with a coordinate system ({type(error).__name__}: {error}).",
-            "Correct it.",
-        ) from error
-    if not (west < east and south < north):
-        raise ReadFailure(str(file), "metadata", "its box is empty.", "Correct it.")
-    return crs, from_bounds(west, south, east, north, shape[1], shape[0])
-
-
-def _named(
-    path: str, arrays: dict[str, np.ndarray], options: RemoteSensingOptions
-) -> dict[str, tuple[np.ndarray, int]]:
-    sensor = options.spectral
-    if options.file_bands is not None:
-        fitting = [array for array in arrays.values() if array.shape[3] == len(options.file_bands)]
-        if len(fitting) != 1:
-            raise ReadFailure(
-                path,
-                "metadata",
-                f"{len(fitting)} of its features have {len(options.file_bands)} channels, as data.file_bands names.",
-                "Name the channels of one feature.",
-            )
-        return {name: (fitting[0], number) for number, name in enumerate(options.file_bands)}
-    found: dict[str, tuple[np.ndarray, int]] = {}
-    for feature, array in arrays.items():
-        for number in range(array.shape[3]):
-            text = feature if array.shape[3] == 1 else f"{feature}_{number}"
-            name = sensor.recognise(text) if sensor.bands else text
-            if name is not None:
-                found[name] = (array, number)
-    if not found:
-        raise ReadFailure(
-            path,
-            "metadata",
-            f"its features ({', '.join(arrays)}) are none of {sensor.name}'s bands.",
-            "Name the channels of one feature with data.file_bands, or set data.sensor to generic.",
-        )
-    return found

@@ -64,9 +64,8 @@ class Frame:
             longest = np.maximum(bounds[:, 2] - bounds[:, 0], bounds[:, 3] - bounds[:, 1])
             chosen = shapely.segmentize(chosen, np.where(longest > 0, longest / SEGMENTS, 1.0))
             chosen = shapely.transform(chosen, lambda points, system=system: self._converted(points, system))
-            for member, shape in zip(members, chosen, strict=True):
-                if np.isfinite(shapely.get_coordinates(shape)).all():
-                    found[member] = shapely.make_valid(shape)
+            placed = np.isfinite(shapely.bounds(chosen)).all(1)
+            found[members[placed]] = shapely.make_valid(chosen[placed])
         return found
 
     def _converted(self, points: np.ndarray, system: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fmsuite.core.data.skipped import SkippedLog
-from fmsuite.domains.remote_sensing.clouds import without_clouds
+from fmsuite.domains.remote_sensing.clouds import cloud_path, without_clouds
 from fmsuite.domains.remote_sensing.dates import read_dates
 from fmsuite.domains.remote_sensing.eopatch import is_patch, open_patch, patch_of, place_of
 from fmsuite.domains.remote_sensing.layout import plan_layouts
@@ -79,9 +79,19 @@ def settle(found: Sequence[SourceFacts], options: RemoteSensingOptions, skipped:
         if scene.source not in plans:
             continue
         unit = replace(scene, plan=plans[scene.source])
-        others = tuple(path for _, paths in unit.dates for path in paths)[1:]
-        settled.append(SourceTask(first.path, first.place, known[scene.source], others, asdict(unit)))
+        settled.append(SourceTask(first.path, first.place, known[scene.source], _others(unit, options), asdict(unit)))
     return settled
+
+
+def _others(unit: Unit, options: RemoteSensingOptions) -> tuple[str, ...]:
+    """Every further file that the windows depend on."""
+    if is_patch(_file_of(unit.source)):
+        folder = Path(_file_of(unit.source)).parent
+        return tuple(str(path) for kind in ("data", "mask") for path in sorted((folder / kind).glob("*.npy")))
+    files = [path for _, paths in unit.dates for path in paths][1:]
+    if options.clouds is not None:
+        files += [cloud_path(paths[0], options.clouds) for _, paths in unit.dates]
+    return tuple(files)
 
 
 def _file_of(path: str) -> str:

@@ -166,12 +166,24 @@ def layout_metadata(facts: Iterable[Mapping[str, Any]], options: RemoteSensingOp
     """
     found = list(facts)
     metadata: dict[str, Any] = {}
+    notes = []
+    if options.places is not None and found:
+        places = metadata["places"] = found[0]["places"]
+        notes.append(f"Windows come from {places['used']} of the {places['places']} places of {options.places.name}.")
+        if places["meeting"] and options.block is None:
+            notes.append(
+                f"{places['meeting']} pairs of neighbours in different groups share pixels; with a column of groups "
+                "they stay on one side of a split."
+            )
     if options.block is not None:
         left_out = sum(fact.get("left_out", 0) for fact in found)
         metadata["blocks"] = {"metres": options.block, "margin": options.block_margin, "left_out": left_out}
-    if options.places is not None and found:
-        metadata["places"] = found[0]["places"]
-    return metadata
+        near = f" or within {options.block_margin:g} m of one" if options.block_margin else ""
+        notes.append(
+            f"Groups are squares of {options.block:g} m of the ground; left out: {left_out} windows across a "
+            f"border{near}."
+        )
+    return {**metadata, "notes": notes} if notes else metadata
 
 
 def _plain(laid: Laid) -> dict[str, Any]:

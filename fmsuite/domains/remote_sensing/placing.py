@@ -127,18 +127,16 @@ def claim_windows(shapes: np.ndarray, cut: Cut, options: PlaceOptions) -> tuple[
         The claims, and the polygons within the raster of which no window is covered far enough.
     """
     import shapely
-    import shapely.affinity
 
     height, width = cut.shape
     outline = shapely.box(0, 0, width, height)
     shapely.prepare(outline)
+    if any(cut.origin):
+        shapes = shapely.transform(shapes, lambda points: points - np.array(cut.origin)[::-1])
     parts: list[tuple[int, np.ndarray, np.ndarray]] = []
     thin = []
-    top, left = cut.origin
-    moved = [None if shape is None else shapely.affinity.translate(shape, -left, -top) for shape in shapes]
-    for place, shape in enumerate(moved):
-        if shape is None or not shapely.intersects(outline, shape):
-            continue
+    for place in np.flatnonzero(shapely.intersects(outline, shapes)).tolist():
+        shape = shapes[place]
         if shape.area == 0:
             points = shapely.get_coordinates(shape)[:, ::-1]
             points = points[((points >= 0) & (points < cut.shape)).all(1)]
@@ -296,11 +294,12 @@ def _meeting(claims: Claims, cut: Cut) -> set[tuple[int, int]]:
     """Pairs of places whose windows share pixels."""
     import shapely
 
-    numbers = np.unique(claims.places)
-    boxes = _boxes(claims.corners, cut, _INSET)
-    covered = np.array([shapely.union_all(boxes[claims.places == number]) for number in numbers], dtype=object)
-    first, second = shapely.STRtree(covered).query(covered, predicate="intersects")
-    return {(int(numbers[a]), int(numbers[b])) for a, b in zip(first, second, strict=True) if a < b}
+    # Claims come in the order of the places.
+    numbers, first = np.unique(claims.places, return_index=True)
+    boxes = np.split(_boxes(claims.corners, cut, _INSET), first[1:])
+    covered = np.array([shapely.union_all(own) for own in boxes[: len(numbers)]], dtype=object)
+    one, other = shapely.STRtree(covered).query(covered, predicate="intersects")
+    return {(int(numbers[a]), int(numbers[b])) for a, b in zip(one, other, strict=True) if a < b}
 
 
 def _groups(places: Places, meeting: Iterable[tuple[int, int]]) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from fmsuite.core.inputs import Quantification
+from fmsuite.domains.remote_sensing.layers import FilesOptions
 from fmsuite.domains.remote_sensing.raster import Raster
 from fmsuite.errors import ReadFailure
 
@@ -37,27 +41,46 @@ def refuse_implausible(raster: Raster) -> None:
     names = optical if sensor.kind == "optical" else tuple(raster.bands)
     if not names:
         return
-    values, valid = raster.read(names, top, left, min(SIDE, raster.height), min(SIDE, raster.width))
+    try:
+        values, valid = raster.read(names, top, left, min(SIDE, raster.height), min(SIDE, raster.width))
+    except ReadFailure:
+        # A damaged middle costs the windows there, which are reported when they are read, and not the whole file.
+        return
     if not valid.any():
         return
     if sensor.kind == "decibel":
         _refuse_other_power(raster, values[valid])
         return
-    scales = np.array([raster.quantifications[name].scale for name in names])[:, None, None]
-    offsets = np.array([raster.quantifications[name].offset for name in names])[:, None, None]
+    quantifications = [raster.quantifications[name] for name in names]
+    refuse_reflectance(raster.path, values, valid, quantifications, own)
+
+
+def refuse_reflectance(
+    path: str, values: np.ndarray, valid: np.ndarray, quantifications: Sequence[Quantification], own: FilesOptions
+) -> None:
+    """
+    Args:
+        values, valid: (C, y, x) of bands that are a reflectance, and somewhere valid. quantifications: of each.
+        own: what is known about the file.
+
+    Raises:
+        ReadFailure: if the values contradict the specification by orders of magnitude.
+    """
+    scales = np.array([each.scale for each in quantifications])[:, None, None]
+    offsets = np.array([each.offset for each in quantifications])[:, None, None]
     bright = float(np.percentile((values * scales)[valid], 99))
     if bright < DARK and own.values == "counts":
         raise ReadFailure(
-            raster.path,
+            path,
             "metadata",
             f"its values reach {bright / scales.max():.3g}, which would be a reflectance of {bright:.2g} for "
-            f"{sensor.name}.",
+            f"{own.spectral.name}.",
             "If they are reflectance already, set data.values=reflectance; otherwise data.scale.",
         )
     middle = float(np.median((values * scales + offsets)[valid]))
     if middle > BRIGHT:
         raise ReadFailure(
-            raster.path,
+            path,
             "metadata",
             f"half of its values would be a reflectance above {middle:.3g}.",
             "If they are the sensor's counts, set data.values=counts; otherwise data.scale.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from fmsuite.domains.remote_sensing.metres import metres_per_pixel
 from fmsuite.domains.remote_sensing.names import layer_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.sensors import Kind
+from fmsuite.domains.remote_sensing.validity import mask_of, nodata_values, valid_values
 from fmsuite.errors import ReadFailure
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Raster:
         layer: number of its layer in the options' ``layout``.
         quantifications: of each band in ``bands``.
         own: its layer.
-        nodata: by band number, what the file or the options declare.
+        stored: dtype of the entries or values in the file.
+        nodata: by band number, what the file or the options declare, of what the type can hold.
         masked: by band number, how the file marks pixels beside nodata values: not at all (0), with one mask for all
             bands (its number, below zero), or with the band's own (its number).
         palette: (N, 4) colours; ``bands`` are then red, green and blue of the entries that one band of the file has.
@@ -55,6 +56,7 @@ class Raster:
     layer: int
     own: Layer
     quantifications: dict[str, Quantification]
+    stored: np.dtype
     nodata: dict[int, tuple[float, ...]]
     masked: dict[int, int]
     palette: np.ndarray | None = None
@@ -144,7 +146,7 @@ class Raster:
         window = Window(box[1], box[0], box[3], box[2])
         masks: dict[int, np.ndarray] = {}
         try:
-            values = self.dataset.read(numbers, window=window, out_shape=(len(numbers), *shape))
+            values = self.dataset.read(numbers, window=window, out_shape=(len(numbers), *shape), out_dtype=self.stored)
             for mask in {self.masked[number] for number in numbers} - {0}:
                 masks[mask] = self.dataset.read_masks(abs(mask), window=window, out_shape=shape) > 0
         except (RasterioError, OSError, ValueError) as error:
@@ -154,14 +156,7 @@ class Raster:
                 f"pixels at row {box[0]}, column {box[1]} cannot be decoded ({reason_of(error)}).",
                 "The file is damaged: fetch it again.",
             ) from error
-        floating = values.dtype.kind == "f"
-        valid = np.isfinite(values) if floating else np.ones(values.shape, dtype=bool)
-        for place, number in enumerate(numbers):
-            if self.masked[number]:
-                valid[place] &= masks[self.masked[number]]
-            for nodata in self.nodata[number]:
-                if not math.isnan(nodata) and (floating or _holds(values.dtype, nodata)):
-                    valid[place] &= values[place] != values.dtype.type(nodata)
+        valid = valid_values(values, numbers, self.nodata, self.masked, masks)
         if self.palette is not None:
             values, valid = self._coloured(values[0], valid[0], bands)
         values, valid = self._physical(values, valid, bands)
@@ -194,12 +189,6 @@ class Raster:
             valid = valid & (values > 0)
             values = (10 * np.log10(np.where(valid, values, 1), dtype=np.float64)).astype(np.float32)
         return values, valid
-
-
-def _holds(dtype: np.dtype, value: float) -> bool:
-    """Whether an integer type has the value."""
-    limits = np.iinfo(dtype)
-    return value == int(value) and limits.min <= value <= limits.max
 
 
 def open_raster(path: str, options: RemoteSensingOptions) -> Raster:
@@ -253,12 +242,13 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
     types = {dataset.dtypes[n - 1] for n in numbers}
     if any(name.startswith("complex") for name in types):
         raise ReadFailure(path, "metadata", "its values are complex numbers.", "Detect the amplitude first.")
+    stored = np.result_type(*(np.dtype(name) for name in types))
     layer, _ = layer_of(path, options)
     own = options.layout[layer]
     palette = None
     if tabled and options.palette == "rgb":
         own_bands, named = dict.fromkeys(colour_names(path, layer, options), numbers[0]), True
-        palette, types = _colour_table(dataset, numbers[0]), {"uint8"}
+        palette = _colour_table(dataset, numbers[0])
     else:
         names, named = band_names(dataset, path, numbers, layer, options)
         own_bands = {name: number for name, number in zip(names, numbers, strict=True) if name is not None}
@@ -270,17 +260,15 @@ def _describe(dataset: DatasetReader, path: str, options: RemoteSensingOptions) 
         path,
         bands,
         named,
-        str(np.result_type(*(np.dtype(name) for name in types))),
+        str(stored) if palette is None else "uint8",
         tags if any(tag != (1.0, 0.0) for tag in tags.values()) else None,
         metres_per_pixel(dataset.crs, dataset.transform, dataset.height, dataset.width),
         layer,
         own,
         {options.channel_name(layer, name): own.quantification_of(name) for name in own_bands},
-        {
-            n: tuple(float(value) for value in (nodata, own.nodata) if value is not None)
-            for n, nodata in zip(numbers, declared, strict=True)
-        },
-        {n: _mask(dataset.mask_flag_enums[n - 1], n) for n in numbers},
+        stored,
+        {n: nodata_values((nodata, own.nodata), stored) for n, nodata in zip(numbers, declared, strict=True)},
+        {n: mask_of(dataset.mask_flag_enums[n - 1], n) for n in numbers},
         palette,
     )
 
@@ -292,12 +280,3 @@ def _colour_table(dataset: DatasetReader, number: int) -> np.ndarray:
     for entry, colour in table.items():
         colours[entry] = colour
     return colours
-
-
-def _mask(flags: list[Any], number: int) -> int:
-    from rasterio.enums import MaskFlags
-
-    if MaskFlags.all_valid in flags or flags == [MaskFlags.nodata]:
-        return 0
-    # One mask, whichever band it is asked of.
-    return -1 if MaskFlags.per_dataset in flags else number

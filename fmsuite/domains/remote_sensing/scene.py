@@ -180,5 +180,13 @@ class RasterScene(Scene):
         """Of a Cloud-optimised GeoTIFF; memory does not depend on its size."""
         return RasterWriter(path, self.ground, what, self.pitch, self.size)
 
+    def coarse_writer(self, path: Path, what: MapKind, step: Sequence[int]) -> SceneWriter:
+        """Of a Cloud-optimised GeoTIFF whose pixels are as many samples wide and high."""
+        size = -(-self.size[0] // step[0]), -(-self.size[1] // step[1])
+        down, across = self.pitch[0] * step[0], self.pitch[1] * step[1]
+        fine = self.ground.transform
+        coarse = type(fine)(fine.a * across, fine.b * down, fine.c, fine.d * across, fine.e * down, fine.f)
+        return RasterWriter(path, Ground(size, self.ground.crs, coarse), what, (1.0, 1.0), size)
+
     def close(self) -> None:
         self._reader.close()

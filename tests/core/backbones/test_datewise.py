@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fmsuite.core.adaptation.tuning import TuningOptions, tuned
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
 from fmsuite.core.backbones.datewise import Datewise, one_date
@@ -125,6 +126,17 @@ def test_an_encoder_of_images_opens_series_and_is_saved_as_one_of_them(tmp_path)
     assert again.identity == series.identity
     assert torch.equal(again.embed(view), expected)
     assert not torch.equal(untrained(series).embed(view), expected)
+
+
+def test_windows_of_attention_are_those_of_each_date() -> None:
+    torch.manual_seed(0)
+    spec = InputSpec(axes=("time", "y", "x"), size=(2, 32, 32), channels=FLAT.channels)
+    model = build_backbone(CONFIG.model_copy(update={"registers": 0, "depth": 3}), spec)
+    tuned(model, TuningOptions(attention="rvsa"))
+    assert model.config.attention == "rvsa"
+    pixels = torch.randn(1, 2, 2, 32, 32)
+    alone = model.eval().single(View(pixels[:, :, 1])).patches
+    torch.testing.assert_close(model(View(pixels)).patches[:, 64:], alone, rtol=0, atol=1e-5)
 
 
 def test_layers_and_foreign_models_are_told_as_of_one_date() -> None:

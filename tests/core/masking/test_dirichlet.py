@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmsuite.core.data.sample import MaskContext, SampleKey
@@ -28,29 +28,30 @@ def visible_counts(sampler, shape, number):
 
 @pytest.mark.parametrize(("alpha", "groups"), [(1.0, 2), (1.0, 3), (0.3, 2), (5.0, 3)])
 def test_shares_have_the_mean_and_variance_of_a_symmetric_dirichlet(alpha, groups):
-    number, total = 2000, 12 * 12 * groups // 6
+    number, total = 1000, 12 * 12 * groups // 6
     counts = visible_counts(DirichletMasking(0.8333, alpha), (groups, 12, 12), number)
     assert (counts.sum(1) == total).all()
     shares = counts / total
     mean, variance = 1 / groups, (1 / groups) * (1 - 1 / groups) / (groups * alpha + 1)
     assert np.abs(shares.mean(0) - mean).max() < 5 * np.sqrt(variance / number)
     # Rounding to whole tokens adds at most 1/4 of a token's square.
-    assert np.abs(shares.var(0) - variance).max() < 0.12 * variance + 0.25 / total**2
+    assert np.abs(shares.var(0) - variance).max() < 0.16 * variance + 0.25 / total**2
 
 
 def test_with_two_groups_and_alpha_one_every_division_is_equally_likely():
-    counts = visible_counts(DirichletMasking(0.75, 1.0), (2, 4, 4), 3000)[:, 0]
-    found = np.bincount(counts, minlength=9) / 3000
+    counts = visible_counts(DirichletMasking(0.75, 1.0), (2, 4, 4), 1500)[:, 0]
+    found = np.bincount(counts, minlength=9) / 1500
     # The outermost numbers have half a bin.
     expected = np.array([1, *[2] * 7, 1]) / 16
-    assert np.abs(found - expected).max() < 5 * np.sqrt(0.125 / 3000)
+    assert np.abs(found - expected).max() < 5 * np.sqrt(0.125 / 1500)
 
 
 def test_within_a_group_all_places_are_equally_likely():
-    masks = np.stack([DirichletMasking(0.75)(context((2, 4, 4), seed=seed)) for seed in range(3000)])
-    assert np.abs((~masks).mean(0) - 0.25).max() < 5 * np.sqrt(0.19 / 3000)
+    masks = np.stack([DirichletMasking(0.75)(context((2, 4, 4), seed=seed)) for seed in range(1500)])
+    assert np.abs((~masks).mean(0) - 0.25).max() < 5 * np.sqrt(0.19 / 1500)
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.95), st.floats(0.05, 10), st.integers(1, 4))
 def test_counts_are_exact_and_invalid_tokens_are_never_masked(seed, ratio, alpha, groups):
     random = np.random.default_rng(seed)
@@ -87,6 +88,7 @@ def test_patterns_repeat_along_time_within_a_sensor():
     assert (~mask[:, 0]).sum() == 8
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 200), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 60)), min_size=1, max_size=5))
 def test_whole_numbers_add_up_stay_below_their_limits_and_are_nearest_to_the_shares(total, parts):
     shares = np.array([share for share, _ in parts])

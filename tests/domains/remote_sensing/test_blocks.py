@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.transform import from_origin
 
+from fmsuite.cli import main
+from fmsuite.core.data.index import SampleIndex
 from fmsuite.domains.remote_sensing.blocks import BlockGrid, BlockOptions, refuse_narrow_blocks
 from fmsuite.domains.remote_sensing.ground import Frame
 from fmsuite.errors import UsageError
@@ -154,6 +156,26 @@ def test_groups_of_an_index_are_blocks(scenes, make_index):
     kept = down * (2 * inside["a"] + inside["b"])
     assert len(index) == kept
     assert index.metadata["blocks"] == {"metres": 400, "margin": 0, "left_out": 3 * 441 - kept}
+    (note,) = index.metadata["notes"]
+    assert note == f"Groups are squares of 400 m of the ground; left out: {3 * 441 - kept} windows across a border."
+
+
+def test_what_blocks_leave_out_is_said_by_tile(scenes, tmp_path, monkeypatch, capsys):
+    points = tmp_path / "points.csv"
+    lines = [f"{500_060 + 50 * n},{5_299_900 - 40 * n},EPSG:32632,{'ab'[n % 2]}" for n in range(16)]
+    points.write_text("\n".join(["x,y,crs,label", *lines]))
+    out = tmp_path / "index.parquet"
+    command = ["tile", str(scenes), "--domain", "remote_sensing", "--out", str(out), "--set", "data.size=8"]
+    monkeypatch.setattr("sys.argv", ["fmsuite", *command, "--set", "data.block=320", "--set", f"data.places={points}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    index = SampleIndex.read(out)
+    said = " ".join(capsys.readouterr().out.split())
+    assert len(index.metadata["notes"]) == 2
+    for note in index.metadata["notes"]:
+        assert note in said
+    assert f"left out: {index.metadata['blocks']['left_out']} windows" in said
 
 
 def test_a_block_on_two_sides_is_refused_and_so_are_other_groups(scenes, make_index):

@@ -217,6 +217,11 @@ def test_bands_clouds_and_labels_of_a_folder(patch, make_index) -> None:
     (patch / "data" / "OTHER.npy").unlink()
     domain, index, _ = make_index(patch.parent, **named)
     assert domain.input_spec(index).channel_names == ("B4", "B8")
+    np.save(patch / "data" / "BANDS.npy", np.load(patch / "data" / "BANDS.npy") * np.float32(1e-4))
+    _, index, skipped = make_index(patch.parent, **named)
+    assert not len(index)
+    assert "set data.values=reflectance" in skipped.entries[0].reason
+    assert len(make_index(patch.parent, values="reflectance", **named)[1])
 
 
 def test_damaged_folders_are_skipped_by_the_name_of_the_file(patch, make_index) -> None:

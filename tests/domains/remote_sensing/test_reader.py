@@ -14,6 +14,7 @@ from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window as RasterWindow
 
 from fmsuite.core.data.index import Window
+from fmsuite.domains.remote_sensing import read_raster
 from fmsuite.domains.remote_sensing.metres import metres_per_pixel
 from fmsuite.errors import ReadFailure
 
@@ -180,6 +181,31 @@ def test_scale_and_offset_tags_are_expressed_in_the_sensors_counts(write_raster,
     domain, index, _ = make_index(path, sensor="sentinel2-l2a", size=32)
     sample, spec = domain.reader(index).read(index[0]), domain.input_spec(index)
     np.testing.assert_allclose(spec.scale * sample.values + spec.offset, counts * 1e-4 - 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "declared", "gone"),
+    [
+        ("float32", 3.40282347e38, np.float32(3.4028235e38)),
+        ("float32", -9999.1, np.float32(-9999.1)),
+        ("uint8", 7.0, 7),
+        ("int16", -32768.0, -32768),
+        # A value that the type cannot hold declares nothing, whatever it wraps to.
+        ("uint8", 7.5, None),
+        ("uint8", 263.0, None),
+    ],
+)
+def test_nodata_is_what_the_type_can_hold(write_raster, dtype, declared, gone):
+    values = np.full((2, 32, 32), 7 if dtype == "uint8" else 5, dtype)
+    if gone is not None:
+        values[1, :, 3] = gone
+    profile = {"nodata": declared} if declared == int(declared) < 256 or dtype == "float32" else {}
+    path = write_raster("a.tif", values, **profile)
+    patch = read_raster(path, **({} if profile else {"nodata": declared}))
+    expected = np.ones(values.shape, dtype=bool) if gone is None else values != gone
+    np.testing.assert_array_equal(patch.valid, expected)
+    with rasterio.open(path) as dataset:
+        np.testing.assert_array_equal(patch.valid, dataset.read_masks() > 0)
 
 
 def test_linear_backscatter_becomes_decibels_and_zero_power_is_no_data(write_raster, make_index):

@@ -22,7 +22,7 @@ from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder, load_encoder
 from fmsuite.domains.base import load_domain
 from fmsuite.domains.remote_sensing import read_raster
-from fmsuite.domains.remote_sensing.eopatch import TIMESTAMPS
+from fmsuite.domains.remote_sensing.eopatch_files import TIMESTAMPS
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.raster import SUFFIXES
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_gcps, from_origin
 
+from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.scene_maps import MapKind
 from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, colour_table, write_cog
 from fmsuite.domains.remote_sensing.resampling import linear_back, source_range
@@ -172,3 +173,24 @@ def test_boxes_of_pixels_are_those_of_the_whole(data):
     np.testing.assert_array_equal(found, whole[:, start[0] : start[0] + shape[0], start[1] : start[1] + shape[1]])
     assert whole.min() >= values.min()
     assert whole.max() <= values.max()
+
+
+@pytest.mark.parametrize("gsd", [None, 17.0, 6.0])
+def test_parts_of_a_raster_have_the_pixels_whose_middles_they_hold(write_raster, make_index, noise, gsd):
+    """As the general definition says; side by side, they are all pixels, each once."""
+    path = write_raster("a.tif", noise(1, 45, 70))
+    domain, index, _ = make_index(path, size=16, gsd=gsd)
+    scene = domain.scene(index, str(path))
+    half = scene.size[0] // 2
+    boxes = [((0, 0), (half, scene.size[1])), ((half, 0), (scene.size[0] - half, scene.size[1]))]
+    found = [scene.native_box(*box) for box in boxes]
+    assert found[0][0] == (0, 0)
+    assert found[1][0] == (found[0][1][0], 0)
+    assert found[0][1][0] + found[1][1][0] == 45
+    assert [extent[1] for _, extent in found] == [70, 70]
+    middle = ((half // 2, 3), (half // 2, 9))
+    assert scene.native_box(*middle) == Scene.native_box(scene, *middle)
+    scores = noise(2, *scene.size).astype(np.float32)
+    part = scores[:, :half]
+    general = Scene.part_to_native(scene, part, (0, 0), *found[0])
+    np.testing.assert_allclose(scene.part_to_native(part, (0, 0), *found[0]), general, rtol=1e-6)
