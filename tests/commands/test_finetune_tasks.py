@@ -188,7 +188,11 @@ def test_a_wrong_file_is_refused(place: Path, changes: dict, said: str):
 
 
 def test_tasks_that_come_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert {path.stem for path in TASK_FILES.glob("*.yaml")} == {"msd-hippocampus", "sentinel2-landcover"}
+    assert {path.stem for path in TASK_FILES.glob("*.yaml")} == {
+        "msd-hippocampus",
+        "sen1floods11-sample",
+        "sentinel2-landcover",
+    }
     monkeypatch.setenv("FMSUITE_DATA", str(tmp_path))
     config = read_finetune(Path("sentinel2-landcover"))
     assert config.paths == [tmp_path / "remote_sensing" / "sentinel2_rcr"]
