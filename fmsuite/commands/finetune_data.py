@@ -123,7 +123,7 @@ def collect(
     by = "source" if config.task_name in DENSE else config.judge.by
     codes = numbered.label_codes if config.task_name == "classification" else None
     lowest = 0.0 if config.task_name == "multilabel" else -np.inf
-    parted = config.task_name == "segmentation"
+    parted = config.task_name in DENSE
     cases, rows, truth = _cases(numbered, groups, by, codes, values, lowest, classes, parted)
     kinds = _kinds(len(groups), codes, values, lowest)
     seed = config.seed if config.split.seed is None else config.split.seed

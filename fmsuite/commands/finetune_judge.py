@@ -101,14 +101,16 @@ def judge_scenes(
 
 
 def case_scene(data: TaskData, number: int) -> Scene:
-    """What is judged of a case: its source, or, where others have windows in that too, the box around its own.
+    """What is judged of a case: its source, or, where others have windows in that too or the groups are blocks of the
+    ground, the box around its own.
 
     Raises:
         UsageError, ReadFailure: as ``open_scene``.
     """
     case, rows = data.cases[number], data.rows_of_case[number]
     scene = open_scene(data.domain, data.index, case.sources[0])
-    if sum(other.sources[0] == case.sources[0] for other in data.cases) == 1:
+    alone = sum(other.sources[0] == case.sources[0] for other in data.cases) == 1
+    if alone and "blocks" not in data.index.metadata:
         return scene
     axes, pitch = len(scene.size), np.asarray(scene.pitch)
     windows = [data.index[int(row)] for row in rows]

@@ -11,6 +11,7 @@ import yaml
 
 rasterio = pytest.importorskip("rasterio")
 
+from fmsuite.commands.contenders import contenders  # noqa: E402
 from fmsuite.commands.embed import embed  # noqa: E402
 from fmsuite.commands.finetune import finetune  # noqa: E402
 from fmsuite.commands.predict import predict  # noqa: E402
@@ -156,3 +157,16 @@ def test_series_are_classified(places: Path, encoder: Path) -> None:
     assert found.results is not None
     assert len(found.results.runs[0].cases) == 2
     assert all(len(outputs) == 2 for outputs in found.results.runs[0].outputs)
+
+
+def test_controls_of_an_encoder_of_images_take_series_too(places: Path, encoder: Path) -> None:
+    domain, index = open_index(
+        open_domain("remote_sensing", RemoteSensingOptions()), [places / "index.parquet"], SkippedLog()
+    )
+    found = contenders({"images": load_encoder(encoder)}, domain.input_spec(index), controls=True)
+    assert [contender.kind for contender in found][:2] == ["encoder", "untrained"]
+    sample = domain.reader(index).read(index[0])
+    view = View(torch.from_numpy(sample.values.astype(np.float32))[None])
+    vectors = [contender.embedder.embed(view) for contender in found]
+    assert vectors[0].shape == vectors[1].shape == (1, 24)
+    assert not torch.equal(vectors[0], vectors[1])

@@ -41,7 +41,11 @@ def refuse_implausible(raster: Raster) -> None:
     names = optical if sensor.kind == "optical" else tuple(raster.bands)
     if not names:
         return
-    values, valid = raster.read(names, top, left, min(SIDE, raster.height), min(SIDE, raster.width))
+    try:
+        values, valid = raster.read(names, top, left, min(SIDE, raster.height), min(SIDE, raster.width))
+    except ReadFailure:
+        # A damaged middle costs the windows there, which are reported when they are read, and not the whole file.
+        return
     if not valid.any():
         return
     if sensor.kind == "decibel":

@@ -23,6 +23,7 @@ from fmsuite.core.evaluation.case_scores import (
     together,
 )
 from fmsuite.core.evaluation.cases import OVERALL
+from fmsuite.core.evaluation.intervals import group_weights
 from fmsuite.core.evaluation.segmentation import CaseCounts
 from fmsuite.errors import FmsuiteError
 
@@ -158,7 +159,7 @@ def test_figures_of_all_samples_together_are_scikit_learns_and_their_intervals_t
     counts = CaseCounts(*(torch.tensor([one[name] for one in found], dtype=torch.float64) for name in COUNTS))
     dice = torch.tensor([[np.nan if v is None else v for v in one["dice"]] for one in found])
     values = together(mean_values({"dice": dice}, labels), pooled_values(counts, asked[1:], labels))
-    cells = estimates([values], torch.arange(6), 300, 0.9, 0)
+    cells = estimates([values], torch.arange(6), 30, 0.9, 0)
 
     def by_scikit_learn(cases):
         kept = [(t[t >= 0], p[t >= 0]) for t, p in ((truth[n], predicted[n]) for n in cases)]
@@ -175,10 +176,10 @@ def test_figures_of_all_samples_together_are_scikit_learns_and_their_intervals_t
         assert [cells[metric][label].mean for label in labels[:3]] == pytest.approx(rows.tolist())
         assert cells[metric][OVERALL].mean == pytest.approx(rows.mean())
         assert "nobody" not in cells[metric]
-    drawn = np.random.default_rng(0).integers(0, 6, (4000, 6))
-    spread = np.quantile([by_scikit_learn(cases)["iou"][0] for cases in drawn[:400]], [0.05, 0.95])
-    low, high = cells["iou"]["a"].low, cells["iou"]["a"].high
-    assert (low, high) == pytest.approx(tuple(spread), abs=0.03)
+    times = group_weights(torch.arange(6), 30, 0).long().T.tolist()
+    drawn = [by_scikit_learn(np.repeat(range(6), each))["iou"][0] for each in times]
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    assert (cells["iou"]["a"].low, cells["iou"]["a"].high) == pytest.approx((low, high))
     single = by_scikit_learn([1])["iou"]
     assert found[1]["iou"][:3] == pytest.approx(single.tolist())
     assert found[1]["iou"][3] is None

@@ -57,6 +57,24 @@ def test_all_eight_symmetries_of_a_square_occur_and_spacing_turns_along():
     assert sorted(s.spacing for s in seen.values()) == [(10.0, 20.0)] * 4 + [(20.0, 10.0)] * 4
 
 
+def test_bands_of_several_sensors_vary_each_in_their_own_way():
+    kinds = ("optical", "decibel", "kelvin", "optical")
+    augmentation = RasterAugmentation(kinds, (1e-4, 1.0, 0.01, 2e-4), (0.0, 0.0, 149.0, -0.2))
+    maps = np.stack([augmentation._jitter(4, generator(seed)) for seed in range(400)])
+    linear, shift = maps[:, :, :4], maps[:, :, -1]
+    assert (linear[:, [1, 2], [1, 2]] == 1).all()
+    assert (maps[:, [1, 2], [5, 6]] == 0).all()
+    assert shift[:, 1].std() == pytest.approx(2**0.5, rel=0.1)
+    assert 0.01 * shift[:, 2].std() == pytest.approx(2 * 2**0.5, rel=0.1)
+    factors = np.log(linear[:, [0, 3], [0, 3]])
+    assert factors.std(axis=0) == pytest.approx(0.1 * 2**0.5, rel=0.1)
+    # Half of the variance is what bands of one kind share; other kinds share nothing with them.
+    assert np.corrcoef(factors.T)[0, 1] == pytest.approx(0.5, abs=0.1)
+    assert abs(np.corrcoef(factors[:, 0], shift[:, 1])[0, 1]) < 0.15
+    # A factor acts on reflectance, not on counts with an offset.
+    np.testing.assert_allclose(shift[:, 3], (linear[:, 3, 3] + maps[:, 3, 7] - 1) * -0.2 / 2e-4, rtol=1e-3, atol=0.5)
+
+
 def test_strong_is_a_function_of_the_generator_and_survives_pickling():
     augmentation = RasterAugmentation("optical", 1e-4, -0.1, Dropout(bands=0.3))
     sample = marked(16, 16)

@@ -125,6 +125,22 @@ def test_a_band_on_another_grid_is_refused_with_both_grids_and_the_way_out(write
         open_stack((str(good), str(bad)), RemoteSensingOptions(sensor="sentinel2-l2a"))
 
 
+def test_a_damaged_file_of_a_scene_costs_its_windows_and_is_named(write_raster, make_index, noise):
+    blocks = {"tiled": True, "blockxsize": 32, "blockysize": 32}
+    good = write_raster("d/x_B02.tif", noise(1, 96, 96), **blocks)
+    bad = write_raster("d/x_B03.tif", noise(1, 96, 96), **blocks)
+    whole = bad.read_bytes()
+    # Compressed nothing, the last blocks are at the end: the middle one is gone too.
+    bad.write_bytes(whole[: int(0.45 * len(whole))])
+    domain, index, skipped = make_index(good.parent, sensor="sentinel2-l2a", size=32)
+    (entry,) = skipped.entries
+    assert (entry.path, entry.stage) == (str(bad), "read")
+    assert 0 < len(index) < 9
+    assert f"{9 - len(index)} of 9 windows left out" in entry.reason
+    reader = domain.reader(index)
+    assert all(reader.read(index[row]).valid.all() for row in range(len(index)))
+
+
 def test_ratios_of_grids():
     fine = (60, 61, "EPSG:32632", (10.0, 0.0, 5e5, 0.0, -10.0, 5.3e6))
     assert pixel_ratio(fine, fine) == (1, 1)
