@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from fmsuite.commands.embed import data_as_seen
 from fmsuite.commands.setup import domain_options, open_domain, open_encoder, open_index, read_run_config
+from fmsuite.core.adaptation.scenes import PANEL
 from fmsuite.core.config import apply_overrides, validate
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.scene import Scene
+from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.feature_cache import read_features, write_features
 from fmsuite.core.reports.click_picture import click_picture
-from fmsuite.core.similarity import Combine, TokenMap, otsu, place_vector, similarity, to_samples, token_map
+from fmsuite.core.similarity import Combine, TokenMap, otsu_of, place_vector, similarity, slabs, token_map
 from fmsuite.core.training.precision import choose_device
 from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
 from fmsuite.errors import UsageError
@@ -33,6 +35,8 @@ from fmsuite.tiling.labels import LabelOptions
 
 log = logging.getLogger("fmsuite")
 AUTO = "auto"
+PICTURE = 1024
+"""Longest side of the picture of a scene with two axes, before it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -106,26 +110,28 @@ def similar(
     seen, unseen = ([_located(scene, click) for click in some] for some in (clicks, negatives))
     facts = {"encoder": model.identity, "file": fingerprint(file), "overlap": overlap}
     facts["reading"] = hashlib.blake2b(opened.options.model_dump_json().encode(), digest_size=8).hexdigest()
-    tokens = _features(model, scene, features, facts, overlap, batch, choose_device(device), progress)
-
-    directions = tokens.directions(centre)
-    liked, disliked = (
-        [place_vector(directions, tokens.valid, tokens.patch, place) for place in some] for some in (seen, unseen)
-    )
-    scores = to_samples(similarity(directions, liked, disliked, combine), tokens).numpy()
-    known = np.isfinite(scores)
-    if level == AUTO:
-        level = otsu(scores[known])
-    base = out.with_name(_stem(out.name))
     out.parent.mkdir(parents=True, exist_ok=True)
-    native = scene.scores_to_native(np.where(known, scores, 0.0)[None].astype(np.float32))[0]
-    written = scene.write(native, base)
+    tokens = _features(model, scene, features, out.parent, facts, overlap, batch, choose_device(device))
+
+    off = tokens.mean() if centre else None
+    liked, disliked = ([place_vector(tokens, place, off) for place in some] for some in (seen, unseen))
+    scores = similarity(tokens, liked, disliked, combine, off)
+
+    def parts() -> Iterator[tuple[int, np.ndarray]]:
+        return slabs(scores, tokens)
+
+    if level == AUTO:
+        level = otsu_of(lambda: (part[np.isfinite(part)] for _, part in parts()))
+    base = out.with_name(_stem(out.name))
+    written = _write(scene.writer(base, MapKind("scores", ("similarity",))), parts(), 0.0)
     mask = None
     if isinstance(level, float):
-        inside = scene.scores_to_native(np.where(known, scores, -2.0)[None].astype(np.float32), outside=-2.0)[0]
-        mask = scene.write((inside >= level).astype(np.uint8), base.with_name(f"{base.name}-mask"))
+        # Of two classes, one has what is just below the threshold for its score everywhere.
+        below = np.float32(np.nextafter(np.float32(level), np.float32(-2)))
+        writer = scene.writer(base.with_name(f"{base.name}-mask"), MapKind("classes", ("other", "similar")))
+        mask = _write(writer, parts(), -2.0, below)
     picture = base.with_name(f"{base.name}.png")
-    _draw(opened, model, scene, scores, seen, unseen).save(picture)
+    _draw(opened, model, scene, parts(), seen, unseen).save(picture)
     return Similar(written, picture, mask, level if isinstance(level, float) else None, clicks, negatives)
 
 
@@ -244,11 +250,11 @@ def _features(
     encoder: Encoder,
     scene: Scene,
     folder: Path | None,
+    beside: Path,
     facts: dict[str, Any],
     overlap: float,
     batch: int,
     device: torch.device,
-    progress: Progress,
 ) -> TokenMap:
     if folder is not None and folder.exists():
         return read_features(folder, facts)
@@ -261,7 +267,17 @@ def _features(
         return torch.cat([values, valid.float()])
 
     encoder.to(device)
-    tokens = token_map(encoder, read, scene.size, spacing=spacing, overlap=overlap, batch=batch, device=device)
+    tokens = token_map(
+        encoder,
+        read,
+        scene.size,
+        spacing=spacing,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        panel=PANEL if len(scene.size) == 2 else None,
+        folder=beside,
+    )
     if folder is not None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_features(folder, tokens, facts)
@@ -285,10 +301,47 @@ def _draw(
     domain: Domain,
     encoder: Encoder,
     scene: Scene,
-    scores: np.ndarray,
+    parts: Iterable[tuple[int, np.ndarray]],
     seen: Sequence[tuple[float, ...]],
     unseen: Sequence[tuple[float, ...]],
 ) -> Any:
-    whole = scene.read((0,) * len(scene.size), scene.size)
-    image = domain.to_rgb(whole.values, encoder.spec) if len(scene.size) == 2 else whole.values[0]
-    return click_picture(image, scores, seen, unseen, whole.spacing or encoder.spec.spacing or (1.0,) * scores.ndim)
+    spacing: Sequence[float] | None = encoder.spec.spacing
+    if len(scene.size) > 2:
+        whole = scene.read((0,) * len(scene.size), scene.size)
+        scores = np.concatenate([part for _, part in parts])
+        return click_picture(
+            whole.values[0], scores, seen, unseen, whole.spacing or spacing or (1.0,) * len(scene.size)
+        )
+    step = math.ceil(max(scene.size) / PICTURE)
+    shown, thinned = [], []
+    for first, part in parts:
+        rows = slice((step // 2 - first) % step, None, step)
+        sample = scene.read((first, 0), (len(part), scene.size[1]))
+        spacing = sample.spacing or spacing
+        shown.append(sample.values[:, rows, step // 2 :: step])
+        thinned.append(part[rows, step // 2 :: step])
+    image = domain.to_rgb(np.concatenate(shown, axis=1), encoder.spec)
+    liked, disliked = ([tuple((at - step // 2) / step for at in place) for place in some] for some in (seen, unseen))
+    return click_picture(image, np.concatenate(thinned), liked, disliked, spacing or (1.0, 1.0))
+
+
+def _write(
+    writer: SceneWriter, parts: Iterable[tuple[int, np.ndarray]], unknown: float, below: np.float32 | None = None
+) -> Path:
+    """
+    Args:
+        parts: see ``slabs``.
+        unknown: the score where there is none, in files that have no place for that.
+        below: the first class's score, where classes are to be written.
+    """
+    try:
+        for first, part in parts:
+            known = np.isfinite(part)
+            values = np.where(known, part, np.float32(unknown))[None]
+            if below is not None:
+                values = np.concatenate([np.full_like(values, below), values])
+            writer.add((first, *[0] * (part.ndim - 1)), values, None if known.all() else known)
+        return writer.finish()
+    except BaseException:
+        writer.discard()
+        raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +23,8 @@ from fmsuite.errors import UsageError
 Combine = Literal["max", "mean"]
 BINS = 256
 """Of the histogram in which ``otsu`` looks for a threshold."""
+SLAB = 1 << 22
+"""Samples of a slab."""
 _MODES = ("linear", "bilinear", "trilinear")
 
 
@@ -41,17 +45,23 @@ class TokenMap:
     patch: tuple[int, ...]
     size: tuple[int, ...]
 
-    def directions(self, centred: bool = False) -> Tensor:
-        """(D, *tokens) features of length 1; zero where not valid.
+    def mean(self) -> Tensor:
+        """(D,) of the valid tokens, which all of them share and which says nothing about any; zero if there is none."""
+        total = torch.zeros(len(self.features), dtype=torch.float64)
+        for row in range(len(self.valid)):
+            total += self.features[:, row][:, self.valid[row]].sum(1, dtype=torch.float64)
+        return (total / self.valid.sum().clamp(min=1)).float()
+
+    def directions(self, part: tuple[slice | int, ...] = (), off: Tensor | None = None) -> Tensor:
+        """(D, ...) features of length 1 of a part of the grid, of all of it if none is given; zero where not valid.
 
         Args:
-            centred: the mean over the valid tokens is taken off first, which all of them share and which says nothing
-                about any.
+            off: (D,) what is taken off first, such as ``mean``.
         """
-        values = self.features
-        if centred and bool(self.valid.any()):
-            mean = values[:, self.valid].mean(1)
-            values = torch.where(self.valid, values - mean.reshape(-1, *[1] * self.valid.dim()), 0.0)
+        values = self.features[(slice(None), *part)]
+        if off is not None:
+            valid = self.valid[part]
+            values = torch.where(valid, values - off.reshape(-1, *[1] * valid.dim()), 0.0)
         return F.normalize(values, dim=0)
 
 
@@ -167,32 +177,53 @@ def token_map(
     blend: Blend = "gaussian",
     batch: int = 4,
     device: torch.device | str = "cpu",
+    panel: int | None = None,
+    folder: Path | None = None,
 ) -> TokenMap:
-    """All of them at once; see ``stream_tokens``."""
-    options = {"spacing": spacing, "overlap": overlap, "blend": blend, "batch": batch, "device": device}
-    stripes = list(stream_tokens(encoder, read, size, **options))  # type: ignore[arg-type]
+    """All of them together; see ``stream_tokens``.
+
+    Args:
+        folder: where features are kept in a nameless file, of which only what is looked at is in memory; if not given,
+            they are in memory.
+    """
+    options = {"spacing": spacing, "overlap": overlap, "blend": blend, "batch": batch, "device": device, "panel": panel}
+    features, valid = None, None
     grid = encoder.backbone.grid
+    for stripe in stream_tokens(encoder, read, size, **options):  # type: ignore[arg-type]
+        assert grid is not None
+        if features is None or valid is None:
+            tokens = tuple(-(-length // step) for length, step in zip(size, grid.patch_size, strict=True))
+            features, valid = _room((len(stripe.features), *tokens), folder), torch.zeros(tokens, dtype=torch.bool)
+        box = tuple(slice(s, s + n) for s, n in zip(stripe.start, stripe.valid.shape, strict=True))
+        features[(slice(None), *box)], valid[box] = stripe.features, stripe.valid
     assert grid is not None
-    features, valid = (
-        torch.cat(parts, dim=at)
-        for parts, at in (([stripe.features for stripe in stripes], 1), ([stripe.valid for stripe in stripes], 0))
-    )
+    assert features is not None
+    assert valid is not None
     return TokenMap(features, valid, grid.patch_size, tuple(size))
 
 
-def place_vector(directions: Tensor, valid: Tensor, patch: Sequence[int], place: Sequence[float]) -> Tensor:
-    """(D,) of length 1: what linear interpolation between the valid tokens' centres gives at a place.
+def _room(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    if folder is None:
+        return torch.zeros(shape)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(4 * math.prod(shape))
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
+def place_vector(tokens: TokenMap, place: Sequence[float], off: Tensor | None = None) -> Tensor:
+    """(D,) of length 1: what linear interpolation between the directions of the valid tokens gives at a place.
 
     Args:
-        directions: (D, *tokens). valid: (*tokens).
         place: sample numbers along each axis, fractions allowed.
+        off: see ``TokenMap.directions``.
 
     Raises:
         UsageError: if no valid token is near.
     """
-    total, weights = torch.zeros(len(directions), dtype=torch.float32), 0.0
+    valid = tokens.valid
+    total, weights = torch.zeros(len(tokens.features), dtype=torch.float32), 0.0
     low, share = [], []
-    for length, step, at in zip(valid.shape, patch, place, strict=True):
+    for length, step, at in zip(valid.shape, tokens.patch, place, strict=True):
         token = min(max((at + 0.5) / step - 0.5, 0.0), length - 1.0)
         low.append(min(int(token), max(length - 2, 0)))
         share.append(token - low[-1])
@@ -200,14 +231,18 @@ def place_vector(directions: Tensor, valid: Tensor, patch: Sequence[int], place:
         weight = math.prod(s if up else 1 - s for up, s in zip(corner, share, strict=True))
         where = tuple(min(start + up, n - 1) for start, up, n in zip(low, corner, valid.shape, strict=True))
         if weight > 0 and bool(valid[where]):
-            total, weights = total + weight * directions[(slice(None), *where)], weights + weight
+            total, weights = total + weight * tokens.directions(where, off), weights + weight
     if weights == 0 or float(total.norm()) == 0:
         raise UsageError("A click lies where the encoder sees no valid sample.", "Click into the image.")
     return F.normalize(total, dim=0)
 
 
 def similarity(
-    directions: Tensor, liked: Sequence[Tensor], disliked: Sequence[Tensor] = (), combine: Combine = "max"
+    tokens: TokenMap,
+    liked: Sequence[Tensor],
+    disliked: Sequence[Tensor] = (),
+    combine: Combine = "max",
+    off: Tensor | None = None,
 ) -> Tensor:
     """(*tokens) float32: cosine similarity to what was clicked.
 
@@ -215,16 +250,41 @@ def similarity(
     value, and another on r never raises one.
 
     Args:
-        directions: (D, *tokens) of length 1.
         liked, disliked: q and r, (D,) each of length 1.
+        off: see ``TokenMap.directions``.
     """
     if not liked:
         raise ValueError("at least one place is needed")
-    found = torch.tensordot(torch.stack(list(liked)), directions, dims=1)
-    score = found.amax(0) if combine == "max" else found.mean(0)
-    if disliked:
-        score = score - torch.tensordot(torch.stack(list(disliked)), directions, dims=1).amax(0).clamp(min=0)
-    return score
+    scores = torch.empty(tokens.valid.shape)
+    # Row by row: directions of all tokens would take as much memory as the features.
+    for row in range(len(scores)):
+        directions = tokens.directions((row,), off)
+        found = torch.tensordot(torch.stack(list(liked)), directions, dims=1)
+        score = found.amax(0) if combine == "max" else found.mean(0)
+        if disliked:
+            score = score - torch.tensordot(torch.stack(list(disliked)), directions, dims=1).amax(0).clamp(min=0)
+        scores[row] = score
+    return scores
+
+
+def slabs(scores: Tensor, tokens: TokenMap, samples: int = SLAB) -> Iterator[tuple[int, Array]]:
+    """What ``to_samples`` gives, in slabs along the first axis.
+
+    Args:
+        samples: how many a slab has, about.
+
+    Yields:
+        (first, values): the number of its first sample, and (count, *rest) float32.
+    """
+    patch, rows = tokens.patch[0], len(scores)
+    each = max(1, samples // (patch * math.prod(tokens.size[1:])))
+    for row in range(0, rows, each):
+        # A row of tokens more on either side is what the samples at a slab's border are interpolated with.
+        first, last = max(row - 1, 0), min(row + each + 1, rows)
+        begin, end = row * patch, min((row + each) * patch, tokens.size[0])
+        length = min(last * patch, tokens.size[0]) - first * patch
+        part = TokenMap(tokens.features[:0], tokens.valid[first:last], tokens.patch, (length, *tokens.size[1:]))
+        yield begin, to_samples(scores[first:last], part)[begin - first * patch : end - first * patch].numpy()
 
 
 def to_samples(scores: Tensor, tokens: TokenMap) -> Tensor:
@@ -247,10 +307,21 @@ def otsu(values: Array) -> float:
     Args:
         values: finite.
     """
-    low, high = float(values.min()), float(values.max())
+    return otsu_of(lambda: iter([values]))
+
+
+def otsu_of(parts: Callable[[], Iterator[Array]]) -> float:
+    """The same of values that come in parts, twice.
+
+    Args:
+        parts: finite values; there is one at least.
+    """
+    ends = [(float(part.min()), float(part.max())) for part in parts() if part.size]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     if not low < high:
         return low
-    counts, borders = np.histogram(values, BINS, (low, high))
+    borders = np.histogram_bin_edges(np.empty(0), BINS, (low, high))
+    counts = np.sum([np.histogram(part, BINS, (low, high))[0] for part in parts()], axis=0)
     centres = (borders[:-1] + borders[1:]) / 2
     below, mass = counts.cumsum()[:-1].astype(np.float64), (counts * centres).cumsum()
     above = counts.sum() - below

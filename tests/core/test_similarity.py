@@ -18,7 +18,7 @@ from fmsuite.core.data.sample import View
 from fmsuite.core.encoders import Encoder
 from fmsuite.core.feature_cache import read_features, write_features
 from fmsuite.core.inputs import Channel, InputSpec
-from fmsuite.core.similarity import TokenMap, otsu, place_vector, similarity, to_samples, token_map
+from fmsuite.core.similarity import TokenMap, otsu, otsu_of, place_vector, similarity, slabs, to_samples, token_map
 from fmsuite.core.tokens import PatchGrid
 from fmsuite.errors import UsageError
 
@@ -62,11 +62,15 @@ def reading(values: Tensor, valid: Tensor | None = None):
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
 @pytest.mark.parametrize("size", [(11, 9, 14), (5, 16, 8), (3, 3, 3)])
-def test_patch_means_are_those_of_a_loop_over_patches(size: tuple[int, ...], overlap: float) -> None:
+def test_patch_means_are_those_of_a_loop_over_patches(size: tuple[int, ...], overlap: float, tmp_path: Path) -> None:
     patch, values = (2, 3, 2), torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     encoder = PatchMeans(spec_of(8, 6, 8), patch)
 
     found = token_map(encoder, reading(values), size, overlap=overlap, batch=3)  # type: ignore[arg-type]
+    kept = token_map(encoder, reading(values), size, overlap=overlap, batch=3, panel=1, folder=tmp_path)  # type: ignore[arg-type]
+    assert torch.equal(kept.features, found.features)
+    assert torch.equal(kept.valid, found.valid)
+    assert not list(tmp_path.iterdir())
 
     assert found.valid.shape == tuple(-(-n // p) for n, p in zip(size, patch, strict=True))
     assert found.valid.all()
@@ -131,12 +135,15 @@ def test_every_sample_gets_the_cosine_that_a_loop_gives(shape, patch, size) -> N
     tokens = some_tokens(*shape, patch=patch, size=size)
     directions, valid = tokens.directions(), tokens.valid.numpy()
     click = tuple(length - 2 for length in size)
-    query = place_vector(directions, tokens.valid, patch, click)
+    query = place_vector(tokens, click)
 
     expected = interpolated(directions.numpy(), valid, patch, click)
     torch.testing.assert_close(query, torch.from_numpy(expected / np.linalg.norm(expected)).float())
-    scores = to_samples(similarity(directions, [query]), tokens).numpy()
+    scores = to_samples(similarity(tokens, [query]), tokens).numpy()
     assert scores.shape == size
+    parts = list(slabs(similarity(tokens, [query]), tokens, samples=1))
+    assert [first for first, _ in parts] == list(range(0, size[0], patch[0]))
+    np.testing.assert_allclose(np.concatenate([part for _, part in parts]), scores, atol=2e-6)
     for place in np.ndindex(*size):
         cosine = query.numpy() @ interpolated(directions.numpy(), valid, patch, place)
         np.testing.assert_allclose(scores[place], cosine, atol=2e-6)
@@ -145,17 +152,18 @@ def test_every_sample_gets_the_cosine_that_a_loop_gives(shape, patch, size) -> N
 def test_a_click_where_nothing_is_valid_is_refused() -> None:
     tokens = some_tokens(3, 3, patch=(4, 4), size=(12, 12))
     with pytest.raises(UsageError, match="no valid sample"):
-        place_vector(tokens.directions(), tokens.valid, tokens.patch, (0, 0))
+        place_vector(tokens, (0, 0))
 
 
 def test_clicks_move_scores_one_way_only() -> None:
     tokens = some_tokens(4, 5, patch=(1, 1), size=(4, 5))
-    directions = tokens.directions(centred=True)
+    off = tokens.mean()
+    directions = tokens.directions(off=off)
     queries = [directions[:, 1, 1], directions[:, 2, 3], directions[:, 3, 0]]
-    one = similarity(directions, queries[:1])
-    two = similarity(directions, queries[:2])
-    less = similarity(directions, queries[:2], queries[2:])
-    least = similarity(directions, queries[:2], [queries[2], directions[:, 0, 3]])
+    one = similarity(tokens, queries[:1], off=off)
+    two = similarity(tokens, queries[:2], off=off)
+    less = similarity(tokens, queries[:2], queries[2:], off=off)
+    least = similarity(tokens, queries[:2], [queries[2], directions[:, 0, 3]], off=off)
 
     assert float(one[1, 1]) == pytest.approx(1)
     assert float(two[2, 3]) == pytest.approx(1)
@@ -163,16 +171,19 @@ def test_clicks_move_scores_one_way_only() -> None:
     assert bool((less <= two).all())
     assert bool((least <= less).all())
     assert float((least - two).abs().max()) > 0.1
-    mean = similarity(directions, queries[:2], combine="mean")
-    torch.testing.assert_close(mean, (one + similarity(directions, queries[1:2])) / 2)
+    mean = similarity(tokens, queries[:2], combine="mean", off=off)
+    torch.testing.assert_close(mean, (one + similarity(tokens, queries[1:2], off=off)) / 2)
 
 
 def test_centred_directions_have_lost_what_all_tokens_share() -> None:
     tokens = some_tokens(4, 5, patch=(1, 1), size=(4, 5))
     shifted = TokenMap(torch.where(tokens.valid, tokens.features + 50, 0.0), tokens.valid, (1, 1), (4, 5))
 
-    torch.testing.assert_close(shifted.directions(True), tokens.directions(True), atol=1e-4, rtol=1e-3)
-    assert not tokens.directions(True)[:, 0, 0].any()
+    torch.testing.assert_close(tokens.mean(), tokens.features[:, tokens.valid].mean(1))
+    centred = tokens.directions(off=tokens.mean())
+    torch.testing.assert_close(shifted.directions(off=shifted.mean()), centred, atol=1e-4, rtol=1e-3)
+    assert not centred[:, 0, 0].any()
+    torch.testing.assert_close(tokens.directions((2,), tokens.mean()), centred[:, 2])
     np.testing.assert_allclose(tokens.directions().norm(dim=0)[tokens.valid], 1, rtol=1e-6)
 
 
@@ -190,6 +201,7 @@ def test_the_threshold_is_the_one_of_least_variance_within() -> None:
     ]
     assert chosen[0] == pytest.approx(min(within))
     assert otsu(np.full(5, 0.3)) == pytest.approx(0.3)
+    assert otsu_of(lambda: iter([values[:7], values[:0], values[7:]])) == threshold
 
 
 def test_another_kind_of_input_is_refused() -> None:

@@ -23,6 +23,10 @@ DATE = (
     r"(?:T(?P<hour>[01]\d|2[0-3])[-:]?(?P<minute>[0-5]\d)(?:[-:]?[0-5]\d)?)?(?!\d)"
 )
 """Finds 20240131, 2024-01-31 and 2024_01_31 in a file name, and with a time 20240131T101031."""
+DATE_WITHOUT_TIME = (
+    r"(?<!\d)(?P<year>(?:19|20)\d\d)[-_]?(?P<month>0[1-9]|1[0-2])[-_]?(?P<day>0[1-9]|[12]\d|3[01])(?!\d)"
+)
+"""What runs and indexes of earlier versions say where nobody chose a pattern."""
 EPOCH = datetime.datetime(2000, 1, 1)
 COLUMNS = ("path", "date", "place")
 _STEPS = 144
@@ -77,7 +81,7 @@ class DateOptions(BaseModel):
     def _of_series(self) -> DateOptions:
         if not self.series:
             for key, given in (
-                ("date_pattern", self.date_pattern != DATE),
+                ("date_pattern", self.date_pattern not in (DATE, DATE_WITHOUT_TIME)),
                 ("dates", self.dates is not None),
                 ("dates_per_sample", self.dates_per_sample is not None),
             ):

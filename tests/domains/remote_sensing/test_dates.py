@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fmsuite.core.data.sample import ArraySample
 from fmsuite.domains.remote_sensing.augment import RasterAugmentation
-from fmsuite.domains.remote_sensing.dates import DATE, carried, date_in_name, days_of
+from fmsuite.domains.remote_sensing.dates import DATE, DATE_WITHOUT_TIME, carried, date_in_name, days_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.errors import ReadFailure, UsageError
 
@@ -274,3 +274,7 @@ def test_varied_views_show_some_dates_with_data_in_order() -> None:
     assert augment.before_crop(sample, "none", draw) is sample
     few = RasterAugmentation(dates=5).before_crop(sample, "weak", draw)
     assert few is sample
+
+
+def test_what_earlier_versions_wrote_where_nobody_chose_a_pattern_is_no_choice() -> None:
+    assert not RemoteSensingOptions(date_pattern=DATE_WITHOUT_TIME).series

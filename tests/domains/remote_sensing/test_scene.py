@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import rasterio
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_gcps, from_origin
 
+from fmsuite.core.adaptation.scenes import stream_scene
+from fmsuite.core.data.sample import View
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.scene_maps import MapKind
+from fmsuite.core.inputs import Channel
 from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, colour_table, write_cog
 from fmsuite.domains.remote_sensing.resampling import linear_back, source_range
 from fmsuite.errors import FmsuiteError, UsageError
@@ -194,3 +198,34 @@ def test_parts_of_a_raster_have_the_pixels_whose_middles_they_hold(write_raster,
     part = scores[:, :half]
     general = Scene.part_to_native(scene, part, (0, 0), *found[0])
     np.testing.assert_allclose(scene.part_to_native(part, (0, 0), *found[0]), general, rtol=1e-6)
+
+
+class Same:
+    """A network whose answer is its input."""
+
+    size = (8, 8)
+
+    def seen(self, valid: torch.Tensor) -> torch.Tensor:
+        return valid
+
+    def predict(self, view: View) -> torch.Tensor:
+        return view.pixels
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 20), (8, 8), (31, 19)])
+def test_blended_windows_of_an_identity_write_the_raster_itself(
+    write_raster, make_index, tmp_path, shape, overlap
+) -> None:
+    """Rasters smaller than a window, of no multiple of one, and in several panels."""
+    values = np.random.default_rng(3).random((2, *shape), dtype=np.float32) + 0.01
+    values[:, -1, -1] = np.nan
+    path = write_raster("a.tif", values, crs="EPSG:32632", transform=from_origin(5e5, 5.3e6, 10, 10))
+    domain, index, _ = make_index(path, size=8, min_valid=0)
+    scene, spec = domain.scene(index, str(path)), domain.input_spec(index)
+    plain = spec.model_copy(update={"channels": tuple(Channel(name=name) for name in spec.channel_names)})
+    writer = scene.writer(tmp_path / "map", MapKind("scores", spec.channel_names))
+    for box in stream_scene(Same(), plain, scene, overlap=overlap, batch=3, panel=1):  # type: ignore[arg-type]
+        writer.add(box.start, box.scores, box.valid)
+    with rasterio.open(writer.finish()) as made:
+        np.testing.assert_allclose(made.read(), values, rtol=0, atol=1e-6, equal_nan=True)
