@@ -12,9 +12,10 @@ from fmsuite.core.objectives.base import OBJECTIVES, find_objective
 from fmsuite.errors import UsageError
 
 NAMES = sorted(name for name, cls in OBJECTIVES.items() if cls.__module__.startswith("fmsuite."))
-DROPS = ("capi", "crossmae", "dmae", "hi_end_mae", "ijepa", "mae", "msn", "pmsn")
+DROPS = ("capi", "crossmae", "dmae", "fg_mae", "hi_end_mae", "ijepa", "mae", "msn", "pmsn")
 """Objectives whose networks run on some of the tokens."""
 REFUSES = {name: f"'{name}' does not work with this SwinUNETR, which cannot drop tokens" for name in DROPS}
+REFUSES["multimae"] = "'multimae' predicts one channel group from another, and this input has a single one"
 REFUSES["vjepa"] = "'vjepa' repeats its masks over a time or z axis"
 OPTIONS = {"simmim": {"mask_unit": 32}}
 """Where the small options are for smaller patches."""
