@@ -40,7 +40,7 @@ model, raster, out = map(Path, sys.argv[1:])
 load_network(model)
 before = peak()
 done = predict(model, [raster], out, device="cpu", batch=8)
-assert not done.skipped and len(done.files) == 1, done
+assert not done.skipped and len(done.files) == 2, done
 print(json.dumps([before, peak()]))
 """
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fmsuite.commands.finetune_judge import file_stem, window_means
+from fmsuite.commands.report import NAME as REPORT
+from fmsuite.commands.report import report
 from fmsuite.commands.setup import open_domain, open_index
 from fmsuite.core.adaptation.network_files import Network, load_network
 from fmsuite.core.adaptation.scenes import stream_scene
@@ -19,9 +22,11 @@ from fmsuite.core.adaptation.task import Segmentation
 from fmsuite.core.config import apply_overrides, validate
 from fmsuite.core.data.forgiving import ForgivingScene
 from fmsuite.core.data.index import SampleIndex
+from fmsuite.core.data.packed_files import write_json
 from fmsuite.core.data.packed_scenes import open_scene
 from fmsuite.core.data.scene_maps import MapKind, SceneWriter
 from fmsuite.core.data.skipped import FILE_NAME, SkippedLog
+from fmsuite.core.reports.class_maps import MAPS, ClassMap, ClassMaps, Thinned, draw_class_map
 from fmsuite.core.training.precision import choose_device
 from fmsuite.domains.base import Domain, Progress, load_domain, no_progress
 from fmsuite.errors import ReadFailure, UsageError
@@ -84,7 +89,8 @@ def predict(
     plain = choose_device(device)  # type: ignore[arg-type]
     domain = open_domain(network.domain, _options(network, overrides))
     out.mkdir(parents=True, exist_ok=True)
-    (out / FILE_NAME).unlink(missing_ok=True)
+    for name in (FILE_NAME, MAPS):
+        (out / name).unlink(missing_ok=True)
     skipped = SkippedLog(out / FILE_NAME, strict)
     domain, index = open_index(domain, list(sources), skipped, progress)
     differences = network.spec.differences(domain.input_spec(index))
@@ -97,7 +103,13 @@ def predict(
         kinds = {"": MapKind("classes", network.classes)}
         if probabilities:
             kinds["-probabilities"] = MapKind("scores", network.classes)
-        files = _maps(network.task, network, domain, index, out, kinds, overlap, batch, plain, skipped, progress)
+        record = ClassMaps(domain=network.domain, model=str(model), classes=list(network.classes))
+        files = _maps(
+            network.task, network, domain, index, out, kinds, overlap, batch, plain, record, skipped, progress
+        )
+        if record.maps:
+            write_json(out / MAPS, record.model_dump(mode="json"))
+            files.append(report([out], out / REPORT))
     else:
         files = [_table(network, domain, index, out, batch, plain, skipped, progress)]
     return Predicted(files, skipped.summary())
@@ -141,12 +153,14 @@ def _maps(
     overlap: float,
     batch: int,
     device: torch.device,
+    record: ClassMaps,
     skipped: SkippedLog,
     progress: Progress,
 ) -> list[Path]:
     """
     Args:
         kinds: what follows a file's name, and what is then written.
+        record: gets a picture of each map, where sources are pictures.
     """
     files: list[Path] = []
     stems = stems_of(index, out)
@@ -155,10 +169,21 @@ def _maps(
         try:
             scene = ForgivingScene(open_scene(domain, index, source))
             writers = [scene.writer(out / f"{stem}{suffix}", kind) for suffix, kind in kinds.items()]
+            small = Thinned(scene.size) if len(scene.size) == 2 else None
             for box in stream_scene(task, network.spec, scene, overlap=overlap, batch=batch, device=device):
                 for writer in writers:
                     writer.add(box.start, box.scores, box.valid)
-            files += [writer.finish() for writer in writers]
+                if small is not None:
+                    small.add(box.start, box.scores, box.valid)
+            written = [writer.finish() for writer in writers]
+            files += written
+            if small is not None and type(domain).overview is not Domain.overview:
+                picture = out / f"{stem}.png"
+                draw_class_map(_overview(domain, index, source), small.labels, len(record.classes)).save(picture)
+                shares, known = small.shares(len(record.classes))
+                record.maps.append(
+                    ClassMap(source=source, file=written[0].name, picture=picture.name, shares=shares, known=known)
+                )
         except ReadFailure as failure:
             skipped.add_failure(failure)
             continue
@@ -167,6 +192,14 @@ def _maps(
                 writer.discard()
         scene.note(skipped)
     return files
+
+
+def _overview(domain: Domain, index: SampleIndex, source: str) -> np.ndarray | None:
+    """A picture of a source; none of one that is damaged, of which there is a map all the same."""
+    try:
+        return domain.overview(index, source).rgb
+    except ReadFailure:
+        return None
 
 
 def _table(

@@ -123,7 +123,8 @@ def test_changes_are_learned_judged_and_mapped(places: Path, encoder: Path) -> N
     network = load_network(run)
     assert isinstance(network.task.backbone, Datewise)
     assert load_encoder(run).spec.axes == ("time", "y", "x")
-    (written,) = predict(run, sorted((places / "images").glob("f_*.tif")), places / "maps").files
+    written, page = predict(run, sorted((places / "images").glob("f_*.tif")), places / "maps").files
+    assert page.name == "report.html"
     with rasterio.open(written) as dataset:
         assert dataset.shape == (32, 32)
         assert dataset.crs.to_epsg() == 32632

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from PIL import Image
 from rasterio.transform import from_origin
 
 from fmsuite.commands.feature_pictures import Colours
@@ -18,7 +19,9 @@ from fmsuite.core.adaptation.network_files import save_network
 from fmsuite.core.adaptation.task import Segmentation, SegmentationConfig
 from fmsuite.core.backbones.build import build_backbone
 from fmsuite.core.backbones.config import ModelConfig
+from fmsuite.core.class_colours import class_colours
 from fmsuite.core.data.skipped import SkippedLog
+from fmsuite.core.reports.class_maps import read_maps
 from fmsuite.domains.remote_sensing import RemoteSensingDomain
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 
@@ -98,7 +101,13 @@ def test_a_map_lies_over_its_raster_and_says_nothing_where_there_is_nothing(fmsu
     with (tmp_path / "skipped.csv").open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if "squares of 32" in line["reason"]]
     assert [Path(line["path"]).name for line in lines] == ["damaged.tif"]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", *[".tif"] * 4]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [
+        ".csv",
+        ".html",
+        ".json",
+        *[".png"] * 2,
+        *[".tif"] * 4,
+    ]
 
 
 def test_maps_do_not_take_the_names_of_rasters(fmsuite, made) -> None:
@@ -136,6 +145,31 @@ def test_colours_are_principal_components() -> None:
     np.testing.assert_allclose(colours.shares, (values**2 / (values**2).sum())[:3], rtol=1e-5)
     drawn = colours.drawn((torch.from_numpy(features).float() @ colours.components).T)
     np.testing.assert_allclose([(drawn <= 1).mean(), (drawn >= 255).mean()], 0.02, atol=0.005)
+
+
+def test_maps_are_pictures_on_a_page_with_the_share_of_each_class(fmsuite, made, tmp_path) -> None:
+    ran = fmsuite("predict", made / "images", "--model", made / "native", "--out", tmp_path / "maps")
+    assert ran.code == 3, ran.text
+    found = read_maps(tmp_path / "maps").found
+    assert [Path(one.source).name for one in found.maps] == ["damaged.tif", "sound.tif"]
+    for one in found.maps:
+        with rasterio.open(tmp_path / "maps" / one.file) as file:
+            labels = file.read(1)
+        known = labels != 255
+        assert one.known == pytest.approx(known.mean())
+        np.testing.assert_allclose(one.shares, [(labels[known] == label).mean() for label in range(3)])
+        with Image.open(tmp_path / "maps" / one.picture) as picture:
+            drawn = np.asarray(picture)[:, -80:]
+        colours = np.array([*class_colours(3), (255, 255, 255)])
+        np.testing.assert_array_equal(drawn, colours[np.where(known, labels, 3)])
+    page = (tmp_path / "maps" / "report.html").read_text()
+    assert "2 maps of 3 classes" in page
+    assert page.count("data:image/png") == 2
+    assert "damaged.tif" in page
+    (tmp_path / "maps" / "sound.png").unlink()
+    ran = fmsuite("report", tmp_path / "maps", "--out", tmp_path / "again.html")
+    assert ran.code == 0, ran.text
+    assert "sound.png is missing" in (tmp_path / "again.html").read_text()
 
 
 def test_similarity_to_a_pixel_lies_over_the_raster(fmsuite, made, tmp_path) -> None:

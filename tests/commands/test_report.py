@@ -54,7 +54,7 @@ def test_a_folder_with_neither_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError) as caught:
         report([empty], tmp_path / "page.html")
-    for part in (str(empty), "neither results nor a run", "results.json", "run.json", "fmsuite bench"):
+    for part in (str(empty), "holds no results, maps or run", "results.json", "run.json", "'bench'"):
         assert part in str(caught.value)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fmsuite import __version__
 from fmsuite.core.reports.charts import swatch
+from fmsuite.core.reports.class_maps import MapFolder, MapSection, map_section
 from fmsuite.core.reports.runs import RunSection, run_section
 from fmsuite.core.reports.sections import ComparisonSection, comparison_section
 from fmsuite.core.reports.sources import Comparison, Source
@@ -19,7 +20,7 @@ from fmsuite.core.reports.tuned_section import TunedSection, tuned_section
 from fmsuite.core.reports.wording import plural
 from fmsuite.errors import UsageError
 
-Section = ComparisonSection | TunedSection | RunSection
+Section = ComparisonSection | TunedSection | MapSection | RunSection
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -41,19 +42,22 @@ def render(sources: Sequence[Source], title: str | None = None) -> str:
     keys = (f"chart-{number}" for number in itertools.count(1))
     comparisons: list[ComparisonSection] = []
     tuned: list[TunedSection] = []
+    maps: list[MapSection] = []
     runs: list[RunSection] = []
     for source in sources:
         if isinstance(source, Comparison):
             comparisons.append(comparison_section(source, f"results-{len(comparisons) + 1}", keys))
         elif isinstance(source, Tuned):
             tuned.append(tuned_section(source, f"tuned-{len(tuned) + 1}", keys))
+        elif isinstance(source, MapFolder):
+            maps.append(map_section(source, f"maps-{len(maps) + 1}"))
         else:
             runs.append(run_section(source, f"run-{len(runs) + 1}", keys))
-    sections: list[Section] = [*tuned, *comparisons, *runs]
+    sections: list[Section] = [*tuned, *comparisons, *maps, *runs]
     heading = sections[0].title
     _tell_apart(sections)
     return environment.get_template("page.html").render(
-        title=title or heading, tuned=tuned, comparisons=comparisons, runs=runs, version=__version__
+        title=title or heading, tuned=tuned, comparisons=comparisons, maps=maps, runs=runs, version=__version__
     )
 
 

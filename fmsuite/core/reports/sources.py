@@ -12,6 +12,7 @@ from fmsuite.core.data.skipped import FILE_NAME as SKIPPED
 from fmsuite.core.data.skipped import Skipped
 from fmsuite.core.evaluation.result_files import RESULTS
 from fmsuite.core.evaluation.results import Results
+from fmsuite.core.reports.class_maps import MAPS, MapFolder, read_maps
 from fmsuite.core.reports.exhibits import EXHIBITS, Exhibits
 from fmsuite.core.reports.exhibits import FORMAT as EXHIBITS_FORMAT
 from fmsuite.core.reports.files import json_object, skipped_lines
@@ -68,11 +69,11 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-Source = Comparison | Tuned | Run
+Source = Comparison | Tuned | MapFolder | Run
 
 
 def read_sources(folder: Path) -> list[Source]:
-    """What a folder holds: results, a run, or both.
+    """What a folder holds: results, maps, a run, or several of these.
 
     Raises:
         UsageError: if it holds neither, or a file in it is damaged.
@@ -82,18 +83,21 @@ def read_sources(folder: Path) -> list[Source]:
     found: list[Source] = []
     if (folder / RESULTS).exists():
         found.append(read_tuned(folder) if is_tuned(folder / RESULTS) else _comparison(folder))
+    if (folder / MAPS).exists():
+        found.append(read_maps(folder))
     run = RunFolder(folder)
     if run.facts_path.exists() or run.metrics_path.exists():
         found.append(_run(run))
     if not found:
-        inside = sorted(path.parent for name in (RESULTS, "run.json") for path in folder.glob(f"*/{name}"))
+        inside = sorted(path.parent for name in (RESULTS, MAPS, "run.json") for path in folder.glob(f"*/{name}"))
         hint = (
             f"Name the folders in it that do: {' '.join(map(str, dict.fromkeys(inside)))}."
             if inside
-            else "Name a run folder of 'fmsuite pretrain', or a folder of 'fmsuite bench', 'fewshot' or 'finetune'."
+            else "Name a run folder of 'fmsuite pretrain', or a folder of 'bench', 'fewshot', 'finetune' or 'predict'."
         )
         raise UsageError(
-            f"{folder}: holds neither results nor a run (looked for {RESULTS}, run.json and metrics.jsonl).", hint
+            f"{folder}: holds no results, maps or run (looked for {RESULTS}, {MAPS}, run.json and metrics.jsonl).",
+            hint,
         )
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fmsuite.core.class_colours import class_colours
 from fmsuite.core.data.sample import Array
 from fmsuite.core.data.scene_maps import Kind, MapKind
 from fmsuite.errors import FmsuiteError
@@ -27,16 +27,6 @@ CACHE = 64 << 20
 """Bytes that GDAL may keep of what it has read and is going to write."""
 _DTYPES: dict[Kind, str] = {"classes": "uint8", "scores": "float32", "picture": "uint8"}
 _NODATA: dict[Kind, float] = {"classes": NO_CLASS, "scores": float("nan"), "picture": NO_COLOUR}
-_OKABE_ITO = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
-_BACKGROUND = (38, 38, 38)
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,9 @@ class CogFile:
         if ground.gcps is not None:
             self._file.gcps = ground.gcps
         if what.kind == "classes":
-            self._file.write_colormap(1, colour_table(max(len(what.names), 2)))
+            self._file.write_colormap(
+                1, {n: (*colour, 255) for n, colour in enumerate(class_colours(max(len(what.names), 2)))}
+            )
             self._file.update_tags(**{f"CLASS_{number}": name for number, name in enumerate(what.names)})
         else:
             for band, name in enumerate(what.names, start=1):
@@ -190,21 +182,6 @@ def write_cog(path: Path, values: Array, ground: Ground, what: MapKind | None = 
     except BaseException:
         file.discard()
         raise
-
-
-def colour_table(classes: int) -> dict[int, tuple[int, int, int, int]]:
-    """A colour for each class: dark grey for the first, which often is the background, then those of Okabe and Ito
-    (2008), then hues that are far from each other."""
-    table = {0: (*_BACKGROUND, 255)}
-    for number in range(1, classes):
-        if number <= len(_OKABE_ITO):
-            colour = _OKABE_ITO[number - 1]
-        else:
-            turn = (number * 0.6180339887) % 1
-            red, green, blue = colorsys.hsv_to_rgb(turn, 0.5 + 0.4 * (number % 2), 0.95 - 0.3 * (number % 3 == 0))
-            colour = (round(red * 255), round(green * 255), round(blue * 255))
-        table[number] = (*colour, 255)
-    return table
 
 
 def _unwritten(path: Path, error: BaseException) -> FmsuiteError:

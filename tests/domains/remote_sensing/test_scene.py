@@ -12,11 +12,12 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_gcps, from_origin
 
 from fmsuite.core.adaptation.scenes import stream_scene
+from fmsuite.core.class_colours import class_colours
 from fmsuite.core.data.sample import View
 from fmsuite.core.data.scene import Scene
 from fmsuite.core.data.scene_maps import MapKind
 from fmsuite.core.inputs import Channel
-from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, colour_table, write_cog
+from fmsuite.domains.remote_sensing.cog import NO_CLASS, CogFile, Ground, write_cog
 from fmsuite.domains.remote_sensing.resampling import linear_back, source_range
 from fmsuite.errors import FmsuiteError, UsageError
 
@@ -117,7 +118,7 @@ def test_what_is_written_is_a_cloud_optimised_geotiff(tmp_path):
         assert made.overviews(1) == [2, 4]
         assert made.nodata == NO_CLASS
         assert made.tags()["CLASS_2"] == "ice"
-        assert made.colormap(1)[1] == colour_table(3)[1]
+        assert made.colormap(1)[1] == (*class_colours(3)[1], 255)
         np.testing.assert_array_equal(made.read(), classes)
         # Classes are numbers that no mean makes sense of.
         assert set(np.unique(made.read(1, out_shape=(175, 375)))) <= {0, 2, NO_CLASS}
