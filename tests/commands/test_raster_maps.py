@@ -165,6 +165,7 @@ def test_maps_are_pictures_on_a_page_with_the_share_of_each_class(fmsuite, made,
     page = (tmp_path / "maps" / "report.html").read_text()
     assert "2 maps of 3 classes" in page
     assert page.count("data:image/png") == 2
+    assert page.count('<svg class="swatch"') == 3
     assert "damaged.tif" in page
     (tmp_path / "maps" / "sound.png").unlink()
     ran = fmsuite("report", tmp_path / "maps", "--out", tmp_path / "again.html")

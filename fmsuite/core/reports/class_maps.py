@@ -186,7 +186,7 @@ def map_section(source: MapFolder, key: str) -> MapSection:
     ]
     return MapSection(
         key,
-        f"Maps of {Path(source.folder).resolve().name}",
+        f"Maps in {Path(source.folder).resolve().name}",
         source.folder,
         Answer(headline),
         shown,
