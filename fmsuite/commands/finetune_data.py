@@ -29,6 +29,8 @@ from fmsuite.domains.base import Domain
 from fmsuite.errors import UsageError
 
 TEST_SHARE = 0.2
+GROUPED_BY = {"blocks": "block", "places": "place"}
+"""By what an index's metadata hold, what its groups then are."""
 
 
 class NumberedIndex(SampleIndex):
@@ -101,6 +103,11 @@ class TaskData:
         return [number for number, case in enumerate(self.cases) if case.group in held]
 
 
+def group_unit(domain: Domain, index: SampleIndex) -> str:
+    """What a group of an index is called: as its domain does, or what was made the group in its place."""
+    return next((unit for key, unit in GROUPED_BY.items() if index.metadata.get(key)), domain.units.group)
+
+
 def collect(
     config: FinetuneConfig, domain: Domain, whole: SampleIndex, skipped: SkippedLog, targets: Path | None
 ) -> TaskData:
@@ -127,7 +134,7 @@ def collect(
     cases, rows, truth = _cases(numbered, groups, by, codes, values, lowest, classes, parted)
     kinds = _kinds(len(groups), codes, values, lowest)
     seed = config.seed if config.split.seed is None else config.split.seed
-    folds, said = _folds(config.split, groups, sides, kinds, seed, domain.units.group)
+    folds, said = _folds(config.split, groups, sides, kinds, seed, group_unit(domain, index))
     return TaskData(domain, numbered, groups, values, classes, cases, rows, truth, kinds, folds, said, notes)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fmsuite.commands.comparison import Start
 from fmsuite.commands.finetune_config import FinetuneConfig
-from fmsuite.commands.finetune_data import TaskData
+from fmsuite.commands.finetune_data import TaskData, group_unit
 from fmsuite.commands.finetune_judge import save_panel
 from fmsuite.commands.finetune_runs import Setup
 from fmsuite.core.adaptation.network_files import load_network
@@ -62,8 +62,8 @@ def collect_results(
     judged = [number for number in asked if number not in failed]
     if not judged:
         raise UsageError("None of the held-out cases could be judged.", f"See {setup.skipped.path}.")
-    units = data.domain.units
-    case_unit = units.group if config.task_name not in DENSE and config.judge.by == "group" else units.source
+    units, group_name = data.domain.units, group_unit(data.domain, data.index)
+    case_unit = group_name if config.task_name not in DENSE and config.judge.by == "group" else units.source
     cells = _cells(setup, arms, runs, judged, labels)
     notes = [*data.notes, *_notes(setup, arms, failed, case_unit, cells)]
     primary = next(iter(metrics))
@@ -76,7 +76,7 @@ def collect_results(
         title=f"{config.task_name.capitalize()} fine-tuned from {Path(config.encoder).name or config.encoder}",
         encoder=config.encoder,
         unit=case_unit,
-        group_unit=units.group,
+        group_unit=group_name,
         labels=labels,
         cases=data.cases,
         split=data.said,
@@ -88,7 +88,7 @@ def collect_results(
         cells=cells,
         panels=_panels(setup, runs, judged, notes) if config.task_name in DENSE else [],
         interval=(
-            f"{config.judge.confidence:.0%} percentile bootstrap of held-out {units.group}s, drawn with replacement "
+            f"{config.judge.confidence:.0%} percentile bootstrap of held-out {group_name}s, drawn with replacement "
             f"{config.judge.replicates:,} times, of the mean over seeds; differences to the control on the same draws. "
             "They say what other cases to ask would change, not what other cases to train on would."
         ),
@@ -235,7 +235,8 @@ def _notes(setup: Setup, arms: Sequence[Arm], failed: set[int], unit: str, cells
         )
     least = min(cell.groups[0] for cell in cells)
     if least < 3:
-        notes.append(f"The smallest fraction is {counted(least, data.domain.units.group)}: its draw decides much.")
+        smallest = counted(least, group_unit(data.domain, data.index))
+        notes.append(f"The smallest fraction is {smallest}: its draw decides much.")
     return notes
 
 

@@ -9,10 +9,12 @@ import rasterio
 from rasterio.transform import from_origin
 
 from fmsuite.commands.bench_opening import kept_apart
+from fmsuite.commands.finetune_data import group_unit
 from fmsuite.commands.labelled_windows import LabelledWindows
 from fmsuite.commands.tile import tile
 from fmsuite.core.data.index import SampleIndex
 from fmsuite.domains.base import Units
+from fmsuite.domains.remote_sensing import RemoteSensingDomain
 
 UNITS = Units(source="raster", group="scene")
 
@@ -73,3 +75,10 @@ def test_rasters_with_windows_on_both_sides_are_counted(index: SampleIndex, fold
     divided = SampleIndex(index.table.set_column(place, "group", column), index.metadata)
     text = said(divided, folds, blocks={"metres": 160, "left_out": 0})
     assert "rasters have windows that are learned from beside others that are asked." in text
+
+
+def test_fine_tuning_calls_groups_what_they_are(index: SampleIndex) -> None:
+    domain = RemoteSensingDomain()
+    assert group_unit(domain, index) == "scene"
+    assert group_unit(domain, SampleIndex(index.table, {**index.metadata, "blocks": {"metres": 640.0}})) == "block"
+    assert group_unit(domain, SampleIndex(index.table, {**index.metadata, "places": {"file": "a.shp"}})) == "place"
