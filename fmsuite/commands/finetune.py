@@ -236,7 +236,6 @@ def _points(setup: Setup) -> Points:
         return read_points(path)
     train = {group for fold in data.folds for group in fold.train}
     found = foreground_points(
-        data.domain,
         lambda source: open_scene(data.domain, data.index, source),
         list(dict.fromkeys(case.sources[0] for case in data.cases if case.group in train)),
         config.label_map,

@@ -116,7 +116,7 @@ def collect(
         UsageError: if labels are missing or are not the task's, a case has several, or there is no usable split.
     """
     notes = [str(note) for note in whole.metadata.get("notes", [])]
-    kept, values, classes = _targets(config, domain, whole, skipped, targets, notes)
+    kept, values, classes = _targets(config, whole, skipped, targets, notes)
     index = whole.select(kept)
     sides = _column(index, "split")
     if config.split.folds is None and _by_column(config.split, sides):
@@ -140,7 +140,6 @@ def collect(
 
 def _targets(
     config: FinetuneConfig,
-    domain: Domain,
     whole: SampleIndex,
     skipped: SkippedLog,
     table: Path | None,

@@ -13,7 +13,7 @@ from fmsuite.core.data.sample import Array
 from fmsuite.core.data.scene import Scene, labels_of
 from fmsuite.core.data.skipped import SkippedLog
 from fmsuite.core.seeding import generator
-from fmsuite.domains.base import Domain, Progress
+from fmsuite.domains.base import Progress
 from fmsuite.errors import ReadFailure, UsageError
 
 POINTS = 2000
@@ -51,7 +51,6 @@ def read_points(path: Path) -> dict[str, dict[int, Array]]:
 
 
 def foreground_points(
-    domain: Domain,
     scenes: Callable[[str], Scene],
     sources: Sequence[str],
     name: str,

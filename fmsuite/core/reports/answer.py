@@ -119,7 +119,7 @@ def answer(results: Results) -> Answer:
     support = [_chance_sentence(results, best), *_interval_sentences(controls), _next_sentence(next_best)]
     shuffled, finding = _shuffled(results, best)
     findings = [_finding(rival, best) for rival in controls]
-    missing = _missing(results, facts)
+    missing = _missing(results)
     if missing and controls:
         findings.append(Finding("open", missing))
     elif missing:
@@ -210,7 +210,7 @@ def _histogram_name(histograms: Sequence[EncoderFacts]) -> str:
     return f"the {name}" if "histogram" in name.lower() else "the histogram"
 
 
-def _missing(results: Results, facts: EncoderFacts) -> str:
+def _missing(results: Results) -> str:
     kinds = {encoder.kind for encoder in results.encoders}
     absent = [
         name for kind, name in (("untrained", "untrained network"), ("histogram", "histogram")) if kind not in kinds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from string import Formatter
 
 import numpy as np
 
@@ -13,30 +12,12 @@ from fmsuite.domains.medical.formats.base import Grid, Stored
 from fmsuite.domains.medical.geometry import to_native, to_own, turn_to_ras
 from fmsuite.domains.medical.volumes import SUFFIXES, read_stored
 from fmsuite.errors import ReadFailure, UsageError
+from fmsuite.tiling.templates import is_template
 
 FIELDS = ("name", "stem", "folder")
 SAME_PLACE = 0.05
 """Of the smallest voxel: how far a corner of a map may lie from that of its volume. Headers round affines."""
 _LIMITS = np.iinfo(np.int16)
-
-
-def absolute_template(name: str, template: str) -> str:
-    """A template of ``data.maps``, from the working directory, so that an index can be used from another one.
-
-    Raises:
-        ValueError: if it names a field that there is not.
-    """
-    try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise ValueError(f"maps.{name}: '{template}' is not a template ({error})") from error
-    wrong = [field for field in fields if field not in FIELDS]
-    if wrong or not template.strip():
-        known = ", ".join("{" + field + "}" for field in FIELDS)
-        raise ValueError(f"maps.{name}: '{template}' must be a folder, or a path with some of {known}")
-    if template.startswith("{folder}"):
-        return template
-    return os.path.abspath(os.path.expanduser(template))
 
 
 def stem(name: str) -> str:
@@ -48,7 +29,7 @@ def stem(name: str) -> str:
 def map_path(source: str, template: str) -> str:
     """Where the map of a source lies."""
     folder, name = os.path.split(source)
-    if not any(field for _, field, _, _ in Formatter().parse(template)):
+    if not is_template(template):
         return os.path.join(template, name)
     return os.path.normpath(template.format(name=name, stem=stem(name), folder=folder))
 
@@ -59,7 +40,7 @@ def check_folders(maps: Mapping[str, str]) -> None:
         UsageError: if a folder of maps does not exist.
     """
     for name, template in maps.items():
-        fixed = not any(field for _, field, _, _ in Formatter().parse(template))
+        fixed = not is_template(template)
         if fixed and not Path(template).is_dir():
             raise UsageError(
                 f"data.maps.{name}: there is no folder {template}.",

@@ -8,9 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from fmsuite.core.inputs import InputSpec, Plan, Reading
 from fmsuite.domains.base import DomainOptions
-from fmsuite.domains.medical.maps import absolute_template
+from fmsuite.domains.medical.maps import FIELDS
 from fmsuite.errors import UsageError
 from fmsuite.tiling.labels import LabelOptions
+from fmsuite.tiling.templates import absolute_template
 
 Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Voxels = Annotated[int, Field(ge=1)]
@@ -87,7 +88,7 @@ class MedicalOptions(DomainOptions, LabelOptions):
     @field_validator("maps")
     @classmethod
     def _templates(cls, maps: dict[str, str]) -> dict[str, str]:
-        return {name: absolute_template(name, template) for name, template in maps.items()}
+        return {name: absolute_template(f"maps.{name}", template, FIELDS) for name, template in maps.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> MedicalOptions:

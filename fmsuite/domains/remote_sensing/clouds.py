@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from fmsuite.domains.remote_sensing.grids import misfit, pixel_ratio
 from fmsuite.errors import ReadFailure
 from fmsuite.tiling.sources import SourceFile
+from fmsuite.tiling.templates import absolute_template, is_template
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -53,16 +53,7 @@ class CloudOptions(BaseModel):
     def _is_a_template(cls, template: str | None) -> str | None:
         if template is None:
             return None
-        try:
-            named = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        except ValueError as error:
-            raise ValueError(f"clouds: '{template}' is not a template ({error})") from error
-        if not template.strip() or any(field not in FIELDS for field in named):
-            known = ", ".join("{" + field + "}" for field in FIELDS)
-            raise ValueError(f"clouds: '{template}' must be a folder, or a path with some of {known}")
-        if template.startswith("{folder}"):
-            return template
-        return os.path.abspath(os.path.expanduser(template))
+        return absolute_template("clouds", template, FIELDS)
 
     @model_validator(mode="after")
     def _one_way(self) -> CloudOptions:
@@ -82,7 +73,7 @@ class CloudOptions(BaseModel):
 def cloud_path(path: str, template: str) -> str:
     """Where the mask of a file lies."""
     folder, name = os.path.split(path)
-    if not any(field for _, field, _, _ in Formatter().parse(template)):
+    if not is_template(template):
         return os.path.join(template, name)
     return os.path.normpath(template.format(name=name, stem=Path(name).stem, folder=folder))
 
@@ -109,7 +100,7 @@ def clouded(stack: Stack, options: RemoteSensingOptions) -> Stack:
         ratio = pixel_ratio(stack.grid, grid)
         if ratio is None:
             raise ReadFailure(stack.path, "clouds", f"of its cloud mask: {misfit(stack.path, stack.grid, grid)}")
-        number = 1 if options.clouds is not None else _band_number(mask, stack.path, options.cloud_band)
+        number = 1 if options.clouds is not None else _band_number(mask, options.cloud_band)
     except BaseException:
         if own:
             mask.close()
@@ -200,7 +191,7 @@ def _has_band(dataset: DatasetReader, band: str | int | None) -> bool:
     return band in [(text or "").strip() for text in dataset.descriptions]
 
 
-def _band_number(dataset: DatasetReader, path: str, band: str | int | None) -> int:
+def _band_number(dataset: DatasetReader, band: str | int | None) -> int:
     if isinstance(band, int):
         return band
     return [(text or "").strip() for text in dataset.descriptions].index(str(band)) + 1

@@ -17,12 +17,12 @@ from fmsuite.core.data.handles import HandleCache
 from fmsuite.core.data.sample import Array
 from fmsuite.domains.remote_sensing.eopatch_maps import open_array_map
 from fmsuite.domains.remote_sensing.grids import Grid
-from fmsuite.domains.remote_sensing.maps import is_template
 from fmsuite.domains.remote_sensing.names import layer_of
 from fmsuite.domains.remote_sensing.options import RemoteSensingOptions
 from fmsuite.domains.remote_sensing.raster import reason_of
 from fmsuite.domains.remote_sensing.vector_maps import open_polygons, text_classes
 from fmsuite.errors import ReadFailure
+from fmsuite.tiling.templates import is_template
 
 STAGE = "maps"
 """Of a source whose label map cannot be used."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from string import Formatter
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fmsuite.errors import UsageError
+from fmsuite.tiling.templates import absolute_template, is_template
 
 FIELDS = ("name", "stem", "folder", "place")
 
@@ -39,7 +38,7 @@ class MapOptions(BaseModel):
     @field_validator("maps")
     @classmethod
     def _templates(cls, maps: dict[str, str]) -> dict[str, str]:
-        return {name: _absolute(name, template) for name, template in maps.items()}
+        return {name: absolute_template(f"maps.{name}", template, FIELDS) for name, template in maps.items()}
 
     @model_validator(mode="after")
     def _of_maps(self) -> MapOptions:
@@ -65,27 +64,3 @@ class MapOptions(BaseModel):
                     f"data.maps.{name}: there is no {template}.",
                     "Name the folder of the label maps, a vector file, or a path with {name}, {stem} or {place} in it.",
                 )
-
-
-def is_template(path: str) -> bool:
-    """Whether it has fields."""
-    return any(field for _, field, _, _ in Formatter().parse(path))
-
-
-def _absolute(name: str, template: str) -> str:
-    """From the working directory, so that an index can be used from another one.
-
-    Raises:
-        ValueError: if it names a field that there is not.
-    """
-    try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise ValueError(f"maps.{name}: '{template}' is not a template ({error})") from error
-    wrong = [field for field in fields if field not in FIELDS]
-    if wrong or not template.strip():
-        known = ", ".join("{" + field + "}" for field in FIELDS)
-        raise ValueError(f"maps.{name}: '{template}' must be a folder, or a path with some of {known}")
-    if template.startswith("{folder}"):
-        return template
-    return os.path.abspath(os.path.expanduser(template))
